@@ -1,0 +1,592 @@
+"""
+Build a cache of continuous, filtered, float16 recordings from raw EEG (or vibration) files; the only step that opens raw files.
+
+    python build_cache.py                                             # the demo cohort: written as EDF, then cached
+    python build_cache.py --source ~/tusz --cache cache/tusz          # BIDS, TUH trees, folders with a dataset.toml, XDF, .mat …
+    python build_cache.py --source a b --cache cache/ab --rate-hz 200 # several sources, another rate
+    python build_cache.py --action verify --cache cache/tusz          # every byte checked; also: status, gc
+    torchrun --nproc-per-node 8 build_cache.py --source …             # several processes or machines share the work
+
+Interrupted at any moment, the same command goes on where it stopped, and ends in the same bytes. Recordings that can't be trusted
+are listed in quarantine.json with a code and a reason; the build goes on and ends with exit status 3.
+"""
+
+import contextlib
+import fcntl
+import os
+import shlex
+import socket
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from lib import channels, command, filters, manifest, pool, recordings, store
+from lib.errors import Failed, Rejected, Unusable
+from lib.recordings import ReadSpec
+from lib.sources import Discovery, Source, discover
+
+RECIPE = 1  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
+
+
+@dataclass(frozen=True)
+class Config:
+    source: tuple[Path, ...] = ()  # folders or files with raw recordings; none: write and ingest the demo cohort
+    cache: Path = Path("cache/demo")  # directory to build, check or clean
+    dataset: tuple[Path, ...] = ()  # dataset.toml files for sources that hold none: one for all sources, or one each
+    action: Literal["build", "verify", "status", "gc"] = "build"  # gc deletes what no manifest refers to
+    # signal path: any change here is another signal hash, so that caches never mix
+    rate_hz: float | None = None  # sampling rate of the cache; none: 100 for EEG, the native rate for vibration
+    band_hz: Literal["auto", "none"] | tuple[float, float] = "auto"  # pass band; auto: 0.5 45 for EEG, none for vibration
+    notch_hz: Literal["none"] | tuple[float, ...] = "none"  # line frequencies to remove, e.g. 50 100
+    reference: str = "average"  # average, none, or electrodes such as Cz or A1,A2; vibration is never re-referenced
+    channels: str = "all"  # all, tuh21, tuh19, hbn128, or names such as C3,Cz,C4
+    missing: Literal["auto", "reject", "interpolate", "mask"] = "auto"  # electrodes a profile wants and a file lacks; auto: the profile's
+    scale: Literal["robust", "zscore", "none"] = "robust"  # per recording and channel; microvolts stay recoverable
+    causal: bool = False  # the filter that serve_realtime.py runs, instead of the zero-phase one
+    engine: Literal["fft", "mne"] = "fft"  # mne: MNE's own filter and resample, slower, as a cross-check
+    min_seconds: float = 1.0  # shorter segments are left out, shorter recordings are quarantined
+    # what files that don't carry it need; a dataset.toml is the better place
+    source_rate_hz: float | None = None  # rate of csv, npy, mat … files
+    source_unit: str | None = None  # their unit, e.g. uV, mV, g
+    source_channels: str | None = None  # their channel names, comma-separated
+    # labels: never part of the signal hash, read anew by every build
+    channel_labels: bool = False  # where a TUSZ .csv_bi is missing, take the union of the per-channel .csv
+    allow_no_seizures: bool = False  # accept a seizure data set whose training split has none
+    anonymise: bool = False  # pseudonyms for subjects and files, no free text, ages over 89 as 90
+    # the build
+    strict: bool = False  # one quarantined recording makes the build fail
+    retry_quarantined: bool = False  # try refused recordings again although they did not change
+    workers: int = 0  # processes; 0: one per core, fewer if memory is short
+    share: str = "1/1"  # k/n: cache only this machine's share and leave the manifest to a last call without it
+    timeout_s: float = 3600.0  # a recording that takes longer is quarantined
+
+
+def main(cfg: Config) -> dict | None:
+    if cfg.action == "build":
+        return build(cfg)
+    return {"verify": verify, "status": status, "gc": collect_garbage}[cfg.action](cfg)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is stored: the signal path of one recording
+
+
+def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
+    """Everything that decides the stored numbers; its hash names the directory of the shards. Raises Unusable."""
+    eeg, rate_hz = kind == "eeg", cfg.rate_hz
+    if rate_hz is None and eeg:
+        rate_hz = 100.0
+    elif rate_hz is None:
+        native = sorted({spec.rate_hz for spec in specs if spec.rate_hz} or {0.0})
+        if len(native) > 1 or not native[0]:
+            raise Unusable(f"--rate-hz is needed for vibration sources whose rates are {', '.join(f'{r:g}' for r in native)} Hz")
+        rate_hz = native[0]
+    band = (0.5, 45.0) if cfg.band_hz == "auto" and eeg else None if cfg.band_hz in ("auto", "none") else cfg.band_hz
+    if band and not 0 <= band[0] < band[1] <= rate_hz / 2:
+        raise Unusable(f"--band-hz {band[0]:g} {band[1]:g} must rise and end at or below half of --rate-hz {rate_hz:g}")
+    if not rate_hz > 0:
+        raise Unusable(f"--rate-hz {rate_hz:g} must be positive")
+    profile = channels.PROFILES.get(cfg.channels)
+    return {
+        "recipe": RECIPE,
+        "kind": kind,
+        "rate_hz": float(rate_hz),
+        "band_hz": band and [float(f) for f in band],
+        "notch_hz": None if cfg.notch_hz == "none" else [float(f) for f in cfg.notch_hz],
+        "reference": cfg.reference if eeg else "none",
+        "channels": cfg.channels,
+        "missing": cfg.missing if cfg.missing != "auto" else profile.missing if profile else "reject",
+        "scale": cfg.scale,
+        "causal": cfg.causal,
+        "engine": cfg.engine,
+        "min_seconds": cfg.min_seconds,
+        "dtype": "float16",
+    }
+
+
+@dataclass
+class Prepared:
+    """A recording as it will be stored."""
+
+    z_TC: np.ndarray  # float16, (x_uV - offset) / scale
+    names: tuple[str, ...]
+    bad: list[int]  # channels flagged flat, saturated, not a number, or missing and masked
+    interpolated: list[int]
+    missing: tuple[str, ...]
+    dropped: tuple[str, ...]  # channels of the file that were not taken
+    scale_C: np.ndarray
+    offset_C: np.ndarray
+    segments: list[tuple[int, int, float]]  # [start, stop) samples of z_TC, onset in recording time (s)
+    notes: list[str]
+
+
+def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop: tuple | None) -> Prepared:
+    """
+    Pick, check, filter, resample, re-reference and scale one recording; every rule of docs/cache.md, in order.
+
+    Raises Rejected with the code under which the recording is quarantined.
+    """
+    notes = list(recording.notes)
+    picked = channels.select(
+        recording.names,
+        recording.kinds,
+        signal["channels"],
+        stated=spec.channels is not None,
+        max_missing=0 if signal["missing"] == "reject" else None,
+        identical=lambda a, b: np.array_equal(recording.read([a]), recording.read([b])),
+    )
+    present = [c for c, i in enumerate(picked.indices) if i >= 0]
+    extra = channels.reference_channels(signal["reference"], recording.names)
+    wanted = [picked.indices[c] for c in present] + [i for i in extra if i not in picked.indices]
+    rates = sorted({recording.rates_hz[i] for i in wanted})
+    if len(rates) > 1:
+        raise Rejected("mixed_rates", f"wanted channels are sampled at {', '.join(f'{r:g}' for r in rates)} Hz")
+    rate_hz = rates[0]
+    highest = signal["band_hz"][1] if signal["band_hz"] else signal["rate_hz"] / 2
+    if highest > rate_hz / 2:
+        raise Rejected("rate_too_low", f"sampled at {rate_hz:g} Hz, which can't hold {highest:g} Hz")
+
+    x_CT = recording.read(wanted)
+    check = filters.inspect(x_CT, rate_hz, recording.segments, plausible_uV=signal["kind"] == "eeg" and recording.unit == "uV")
+    notes += check.notes
+    y_CT, segments = _filter(check.x_CT, rate_hz, check.segments, signal)
+    y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
+    if not segments:
+        raise Rejected("too_short", f"no segment of {signal['min_seconds']:g} s is left of {x_CT.shape[1] / rate_hz:.2f} s")
+
+    good = np.setdiff1d(np.arange(len(present)), check.bad)
+    if len(good) <= len(present) / 2:
+        raise Rejected("bad_channels", f"{len(present) - len(good)} of {len(present)} channels are flat, saturated or not a number")
+    if extra:
+        places = [wanted.index(i) for i in extra]
+        if set(places) & set(check.bad):
+            raise Rejected("missing_reference", f"reference {signal['reference']} is flat, saturated or not a number")
+        y_CT -= y_CT[places].mean(0)
+    elif signal["reference"] == "average" and len(present) > 1:
+        y_CT -= y_CT[good].mean(0)
+    elif signal["reference"] == "average":
+        notes.append("one channel: reference left as recorded")
+
+    full_CT = np.zeros((len(picked.names), y_CT.shape[1]), np.float32)
+    full_CT[present] = y_CT[: len(present)]
+    bad = [present[i] for i in check.bad if i < len(present)]
+    lacking = [c for c, i in enumerate(picked.indices) if i < 0]
+    if lacking and signal["missing"] == "interpolate":
+        sources = [present[i] for i in good]
+        weights = channels.spline_weights([picked.names[c] for c in sources], [picked.names[c] for c in lacking])
+        full_CT[lacking] = weights @ full_CT[sources]
+        interpolated = lacking
+    else:
+        bad, interpolated = sorted(bad + lacking), []
+
+    scale_C, offset_C = {"robust": filters.robust_scale, "zscore": filters.zscore, "none": filters.unit_scale}[signal["scale"]](full_CT)
+    scale_C, offset_C = np.asarray(scale_C, np.float32), np.asarray(offset_C, np.float32)
+    full_CT -= offset_C[:, None]
+    full_CT /= scale_C[:, None]
+    limit = np.finfo(np.float16).max
+    np.clip(full_CT, -limit, limit, out=full_CT)
+    z_TC = np.ascontiguousarray(full_CT.astype(np.float16).T)
+    return Prepared(
+        z_TC, picked.names, bad, interpolated, picked.missing, picked.dropped, scale_C, offset_C, segments, notes
+    )
+
+
+def _filter(x_CT: np.ndarray, rate_hz: float, segments: list, signal: dict) -> tuple[np.ndarray, list]:
+    """Filter and resample each segment by itself, so that nothing leaks over a gap; short ones are left out."""
+    out_hz, band, notch = signal["rate_hz"], signal["band_hz"], signal["notch_hz"]
+    pieces, kept, first = [], [], 0
+    spectral = None if signal["causal"] or signal["engine"] == "mne" else filters.Spectral(rate_hz, out_hz, band, notch)
+    for segment in segments:
+        if segment.stop - segment.start < signal["min_seconds"] * rate_hz:
+            continue
+        piece = x_CT[:, segment.start : segment.stop]
+        if signal["causal"]:
+            piece = filters.Causal(rate_hz, out_hz, band, notch, len(piece)).process(piece).astype(np.float32)
+        elif signal["engine"] == "mne":
+            piece = recordings.mne_filter_resample(piece, rate_hz, out_hz, band, notch)
+        else:
+            piece = spectral(piece)
+        pieces.append(piece)
+        kept.append((first, first + piece.shape[1], segment.onset_s))
+        first += piece.shape[1]
+    return (np.concatenate(pieces, axis=1) if len(pieces) != 1 else pieces[0]) if pieces else x_CT[:, :0], kept
+
+
+def _crop(y_CT: np.ndarray, segments: list, signal: dict, crop: tuple | None, recording) -> tuple[np.ndarray, list]:
+    """Keep what lies between two times of the recording (s; negative: from its end; a stop of 0 or none: its end)."""
+    if not crop:
+        return y_CT, segments
+    rate_hz = signal["rate_hz"]
+    end_s = max(onset_s + (stop - start) / rate_hz for start, stop, onset_s in segments) if segments else 0.0
+    low_s, high_s = crop[0] or 0.0, crop[1] or end_s
+    low_s, high_s = (low_s + end_s if low_s < 0 else low_s), (high_s + end_s if high_s < 0 else high_s)
+    if low_s >= high_s or low_s >= end_s:
+        raise Rejected("crop_empty", f"crop {list(crop)} leaves nothing of {end_s:.1f} s")
+    pieces, kept, first = [], [], 0
+    for start, stop, onset_s in segments:
+        a = max(start, start + round((low_s - onset_s) * rate_hz))
+        b = min(stop, start + round((high_s - onset_s) * rate_hz))
+        if b - a >= signal["min_seconds"] * rate_hz:
+            pieces.append(y_CT[:, a:b])
+            kept.append((first, first + b - a, onset_s + (a - start) / rate_hz))
+            first += b - a
+    return np.concatenate([y_CT[:, :0], *pieces], axis=1), kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One source: from file to shard and part, in a worker process
+
+
+@dataclass(frozen=True)
+class Task:
+    source: Source
+    signal: dict
+    directory: Path  # CACHE/<signal hash>
+    previous: dict | None  # the part of an earlier build whose source has been touched since
+
+
+def cache_recording(task: Task) -> dict:
+    """Cache one source, or quarantine it; either way a part file says so, unless the file could not be read at all."""
+    source, signal = task.source, task.signal
+    part = {"key": source.key, "signal": store.digest(signal), "rules": source_rules(source)}
+    part_path = task.directory / "parts" / f"{store.key_hash(source.key)}.json"
+    try:
+        part["files"] = [[*stat, store.file_crc32(path)] for path, stat in source_files(source)]
+        if task.previous and same_content(task.previous, part):
+            part = {**task.previous, "files": part["files"]}  # touched, not changed
+        else:
+            recording = recordings.open_recording(source.path, source.spec)
+            ready = prepare(recording, signal, source.spec, source.crop)
+            part |= _write(task, part, recording, ready)
+    except Rejected as error:
+        part |= {"status": "quarantined", "code": error.code, "reason": error.reason}
+    except (OSError, MemoryError) as error:
+        if getattr(error, "errno", None) in store.DISK_FULL:
+            raise Failed(f"{task.directory}: {error.strerror}; free some space and run the same command again") from None
+        code = "out_of_memory" if isinstance(error, MemoryError) else "unreadable"
+        return {**part, "status": "quarantined", "code": code, "reason": f"{type(error).__name__}: {error}", "files": []}
+    try:
+        store.write_part(part_path, part)
+    except OSError as error:
+        raise Failed(f"{part_path}: {error.strerror}; free some space and run the same command again") from None
+    return part
+
+
+def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepared) -> dict:
+    content = store.digest([part["signal"], part["rules"], [(size, crc32) for size, _, crc32 in part["files"]]])
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(task.source.key).stem)[:40]
+    shard = f"{store.key_hash(task.source.key)}-{stem}-{content[:6]}.npy"
+    size, crc32 = store.write_shard(task.directory / "shards" / shard, ready.z_TC)
+    own = {n: [round(float(v), 5) for v in p] for n, p in recording.positions.items() if channels.canonical(n) not in channels.POSITIONS}
+    return {
+        "status": "cached",
+        "shard": shard,
+        "bytes": size,
+        "crc32": crc32,
+        "samples": len(ready.z_TC),
+        "unit": recording.unit,
+        "names": ready.names,
+        "positions": own,
+        "bad": ready.bad,
+        "interpolated": ready.interpolated,
+        "missing": ready.missing,
+        "dropped": ready.dropped,
+        "segments": ready.segments,
+        "scale": [float(v) for v in ready.scale_C],
+        "offset": [float(v) for v in ready.offset_C],
+        "events": [[float(e.onset_s), float(e.duration_s), e.label, None if np.isnan(e.value) else e.value] for e in recording.events],
+        "columns": recording.columns,
+        "notes": ready.notes,
+    }
+
+
+def source_files(source: Source) -> list[tuple[Path, tuple[int, int]]]:
+    """The files a signal comes from, the recording itself first, with (bytes, mtime_ns). Raises OSError."""
+    files = []
+    for path in (source.path, *source.companions):
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for p in inside:
+            stat = p.stat()
+            files.append((p, (stat.st_size, stat.st_mtime_ns)))
+    return files
+
+
+def source_rules(source: Source) -> dict:
+    """What the data set's description adds to the signal options."""
+    spec = asdict(source.spec)
+    return {"spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()}, "crop": source.crop and list(source.crop)}
+
+
+def same_content(previous: dict, part: dict) -> bool:
+    """Whether a source still is what an earlier build read, whatever its modification times."""
+    pairs = [[(size, crc32) for size, _, crc32 in p["files"]] for p in (previous, part)]
+    return pairs[0] == pairs[1] and previous["signal"] == part["signal"] and previous["rules"] == part["rules"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The build
+
+
+def build(cfg: Config) -> dict | None:
+    started = time.monotonic()
+    rank, world, launched = _share(cfg)
+    found, kind = _discover(cfg, rank)
+    signal = signal_options(cfg, kind, [s.spec for s in found.sources])
+    directory = cfg.cache / store.digest(signal)[:12]
+    try:
+        for name in ("parts", "shards"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"--cache {cfg.cache}: {error.strerror}") from error
+
+    with _lock(cfg.cache, f"build-{rank}-of-{world}.lock" if world > 1 else "build.lock"):
+        if world == 1:
+            store.remove_stale_temporaries(cfg.cache)
+        parts, tasks = plan(found.sources, signal, directory, cfg.retry_quarantined)
+        reused = sum(part["status"] == "cached" for part in parts.values())
+        tasks = [t for t in tasks if int(store.key_hash(t.source.key), 16) % world == rank]
+        if tasks:
+            store.remove_manifest(cfg.cache)
+            store.write_atomic(cfg.cache / "build.json", store.canonical_json({"command": resume_command(cfg)}))
+        print(f"{len(tasks)} recordings to do, {len(parts)} done before", file=sys.stderr)
+        parts |= work(tasks, cfg)
+        if launched and not _is_last(rank, world):
+            return None
+        if world > 1 and not launched:
+            quarantined = sum(parts[t.source.key]["status"] != "cached" for t in tasks)
+            return {"cache": str(cfg.cache), "share": cfg.share, "built": len(tasks) - quarantined, "quarantined": quarantined}
+        if launched:  # what the other ranks did is on disk; what none could read is tried here once more
+            parts, left = plan(found.sources, signal, directory, retry=False)
+            parts |= work(left, cfg)
+        results = finalise(cfg, found, signal, directory, parts)
+    results |= {"built": results["recordings"] - reused if tasks else 0, "reused": reused}
+    results["seconds"] = round(time.monotonic() - started, 2)
+    if cfg.strict and results["quarantined"]:
+        raise Failed(f"--strict: {results['quarantined']} recordings quarantined, see {cfg.cache / 'quarantine.json'}")
+    return results
+
+
+def plan(sources: list[Source], signal: dict, directory: Path, retry: bool) -> tuple[dict[str, dict], list[Task]]:
+    """What is done already (part by key), and what is left to do; a changed source, rule or missing shard is to be done again."""
+    parts, tasks, signal_hash = {}, [], store.digest(signal)
+    for source in sources:
+        part = store.read_part(directory / "parts" / f"{store.key_hash(source.key)}.json")
+        if part and (part["key"], part["signal"], part["rules"]) != (source.key, signal_hash, source_rules(source)):
+            part = None
+        if part and part["status"] == "cached":
+            with contextlib.suppress(OSError):
+                if (directory / "shards" / part["shard"]).stat().st_size == part["bytes"]:
+                    parts[source.key] = part
+        elif part and not retry:
+            parts[source.key] = part
+        if source.key in parts and not _untouched(source, part):
+            tasks.append(Task(source, signal, directory, parts.pop(source.key)))
+        elif source.key not in parts:
+            tasks.append(Task(source, signal, directory, None))
+    return parts, tasks
+
+
+def _untouched(source: Source, part: dict) -> bool:
+    try:
+        return [tuple(f[:2]) for f in part["files"]] == [stat for _, stat in source_files(source)]
+    except OSError:
+        return False
+
+
+def work(tasks: list[Task], cfg: Config) -> dict[str, dict]:
+    """Do the tasks in worker processes, the largest first; returns their parts by key."""
+
+    def size(task: Task) -> int:
+        with contextlib.suppress(OSError):
+            return sum(stat[0] for _, stat in source_files(task.source))
+        return 0
+
+    sizes = {id(t): size(t) for t in tasks}
+    tasks = sorted(tasks, key=lambda t: (-sizes[id(t)], t.source.key))
+    # a recording needs about its samples in float32 thrice: 6 x an int16 file, 3 x a float32 one
+    largest = max(sizes.values(), default=0) * 6 + 300e6
+    workers = min(cfg.workers or os.cpu_count() or 1, max(1, int(pool.available_memory() // largest)), len(tasks) or 1)
+    parts: dict[str, dict] = {}
+    seconds, quarantined, total = 0.0, 0, sum(sizes.values())
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # inherited: parallel over recordings
+    with tqdm(total=total, unit="B", unit_scale=True, desc="caching", disable=not tasks, mininterval=1.0) as bar:
+        for task, result in pool.run(cache_recording, tasks, workers, cfg.timeout_s):
+            if isinstance(result, pool.Crash):
+                result = {"key": task.source.key, "status": "quarantined", "code": result.code, "reason": result.reason, "files": []}
+            parts[task.source.key] = result
+            quarantined += result["status"] == "quarantined"
+            seconds += result.get("samples", 0) / task.signal["rate_hz"]
+            bar.update(sizes[id(task)])
+            bar.set_postfix_str(f"{len(parts)}/{len(tasks)} recordings, {seconds / 3600:.2f} h, {quarantined} quarantined", refresh=False)
+    return parts
+
+
+def finalise(cfg: Config, found: Discovery, signal: dict, directory: Path, parts: dict[str, dict]) -> dict:
+    """Read the labels, write index, labels and quarantine from what is really on disk, and the manifest last."""
+    tables, head, results = manifest.assemble(found, parts, signal, directory.name, cfg.channel_labels, cfg.anonymise)
+    command_line = cfg.cache / "build.json"
+    if not command_line.exists():
+        store.write_atomic(command_line, store.canonical_json({"command": resume_command(cfg)}))
+    tables["build.json"] = command_line.read_bytes()
+    refusal = manifest.refusal(results, cfg.allow_no_seizures)
+    if refusal:
+        store.remove_manifest(cfg.cache)
+        store.write_atomic(cfg.cache / "quarantine.json", tables["quarantine.json"])
+        raise Unusable(refusal)
+    try:
+        store.write_tables(cfg.cache, tables, head)
+    except OSError as error:
+        if error.errno in store.DISK_FULL:
+            raise Failed(f"{cfg.cache}: {error.strerror}; free some space and run the same command again") from None
+        raise
+    stray = len(list(directory.glob("parts/*.json"))) - sum(1 for p in parts.values() if p.get("files"))
+    if stray > 0:
+        print(f"{stray} recordings cached before are not among these sources: not in the manifest (--action gc deletes them)", file=sys.stderr)
+    return {"cache": str(cfg.cache), **results}
+
+
+def _discover(cfg: Config, rank: int) -> tuple[Discovery, str]:
+    """All sources, and whether they are EEG or vibration; without --source, the demo cohort's."""
+    roots = cfg.source
+    if not roots:
+        from lib.demo import write_demo  # only here: it brings its own signal model
+
+        roots = (cfg.cache.with_name(cfg.cache.name + "-edf"),)
+        roots[0].parent.mkdir(parents=True, exist_ok=True)
+        with _lock(roots[0].parent, f"{roots[0].name}.lock", wait=True):
+            write_demo(roots[0])
+    names = tuple(n.strip() for n in cfg.source_channels.split(",")) if cfg.source_channels else None
+    found = discover(roots, cfg.dataset, ReadSpec(rate_hz=cfg.source_rate_hz, unit=cfg.source_unit, channels=names))
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    if cfg.anonymise:
+        found = manifest.Pseudonyms(cfg.cache).discovery(found)
+    kinds = {source.spec.kind for source in found.sources}
+    if len(kinds) > 1:
+        raise Unusable("--source mixes EEG and vibration: build a cache for each")
+    return found, next(iter(kinds), "eeg")
+
+
+def resume_command(cfg: Config) -> str:
+    """The command that builds this cache, without what changes only how fast it is built."""
+    words = ["python", "build_cache.py"]
+    for name, value in asdict(replace(cfg, workers=0, share="1/1", strict=False, retry_quarantined=False)).items():
+        if value != getattr(Config(), name) or name == "cache":
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag)
+            else:
+                words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def _share(cfg: Config) -> tuple[int, int, bool]:
+    """Rank, world size, and whether torchrun set them. Raises Unusable."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), True
+    k, slash, n = cfg.share.partition("/")
+    if not (slash and k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise Unusable(f"--share {cfg.share} must be k/n with 1 <= k <= n")
+    return int(k) - 1, int(n), False
+
+
+def _is_last(rank: int, world: int) -> bool:
+    """Wait until every rank has done its share; True on the one that then writes the manifest."""
+    from datetime import timedelta
+
+    import torch.distributed as dist  # only under torchrun
+
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    dist.barrier()
+    dist.destroy_process_group()
+    return rank == 0
+
+
+@contextlib.contextmanager
+def _lock(directory: Path, name: str, wait: bool = False):
+    """One builder at a time; the kernel releases the lock however the holder dies. Raises Unusable naming the holder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / name, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise Unusable(f"--cache {directory} is being built by {holder}; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An existing cache
+
+
+def verify(cfg: Config) -> dict:
+    """Check every byte; names each damaged file."""
+    problems = store.verify(cfg.cache)
+    if problems:
+        for line in problems:
+            print(line, file=sys.stderr)
+        paths = shlex.join(dict.fromkeys(line.split(" ")[0] for line in problems))
+        raise Unusable(f"{len(problems)} damaged in {cfg.cache}: {problems[0]}; mend: rm -f {paths} && {store.build_command(cfg.cache)}")
+    counts = store.read_manifest(cfg.cache)["counts"]
+    return {"cache": str(cfg.cache), "verified": True, **counts}
+
+
+def status(cfg: Config) -> dict:
+    """What is there, complete or not, and how many bytes no manifest refers to."""
+    done = [p for p in map(store.read_part, cfg.cache.glob("*/parts/*.json")) if p]
+    results = {
+        "cache": str(cfg.cache),
+        "complete": (cfg.cache / "manifest.json").exists(),
+        "cached": sum(p["status"] == "cached" for p in done),
+        "quarantined_by_code": dict(Counter(p["code"] for p in done if p["status"] == "quarantined")),
+        "bytes": sum(p.stat().st_size for p in cfg.cache.rglob("*") if p.is_file()),
+        "command": store.build_command(cfg.cache),
+    }
+    if not cfg.cache.is_dir():
+        raise Unusable(f"--cache {cfg.cache} does not exist")
+    if results["complete"]:
+        head = store.read_manifest(cfg.cache)
+        results |= {"counts": head["counts"], "signal": head["signal"], "unused_bytes": sum(p.stat().st_size for p in _unused(cfg.cache))}
+    return results
+
+
+def collect_garbage(cfg: Config) -> dict:
+    """Delete shards and parts that the manifest does not refer to: of other options, and of sources that changed or went."""
+    with _lock(cfg.cache, "build.lock"):
+        store.read_manifest(cfg.cache)  # only a complete cache says what is in use
+        paths = _unused(cfg.cache)
+        freed = sum(p.stat().st_size for p in paths)
+        for path in paths:
+            path.unlink()
+        for folder in sorted((p for p in cfg.cache.rglob("*") if p.is_dir()), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where it is empty
+    return {"cache": str(cfg.cache), "deleted": len(paths), "freed_bytes": freed}
+
+
+def _unused(directory: Path) -> list[Path]:
+    """Files below the signal directories that belong to no recording or quarantine entry of the manifest."""
+    data = directory / store.read_manifest(directory)["directory"]
+    used = set()
+    for path in data.glob("parts/*.json"):
+        part = store.read_part(path)
+        if part and part["key"] in manifest.listed_keys(directory):
+            used |= {path, data / "shards" / part.get("shard", "")}
+    return sorted(p for folder in ("parts", "shards") for p in directory.glob(f"*/{folder}/*") if p not in used)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, Config, __doc__))

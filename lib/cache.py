@@ -1,0 +1,291 @@
+"""
+Read a cache: metadata at start-up, windows by batched reads afterwards. Nothing here opens, or falls back to, a raw recording.
+
+Shape letters: B windows of a batch, C channels, T samples.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import kernels
+from lib import store
+from lib.errors import Unusable
+from lib.windows import Windows, merge
+
+CLIP_SD = 15.0  # stored values beyond this many robust standard deviations are artefacts; they are clipped when read, not when stored
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording of a cache: who and what, and where its samples are."""
+
+    key: str
+    dataset: str
+    subject: str  # "dataset/subject", unique over caches
+    session: str
+    task: str
+    run: str
+    split: str
+    columns: dict
+    names: tuple[str, ...]
+    samples: int
+    segments: tuple[tuple[int, int], ...]  # [start, stop) samples; windows never cross their borders
+    shard: Path
+    montage: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a recording; onset and duration in seconds of the stored signal (gaps removed)."""
+
+    onset_s: float
+    duration_s: float
+    label: str
+    value: float
+
+
+@dataclass
+class Batch:
+    """Windows of any montages: padded channels, and channels flagged bad, are zero and have a False mask."""
+
+    x_BCT: torch.Tensor  # float32; robust standard deviations, or microvolts if asked for
+    positions_BC3: torch.Tensor  # float32 metres; NaN where the electrode has no known place
+    mask_BC: torch.Tensor  # bool, True for a real and good channel
+    recording_B: torch.Tensor  # int64 row of Cache.recordings
+    start_B: torch.Tensor  # int64 first sample
+
+
+class Cache:
+    """
+    The recordings of one or several complete caches of the same rate, filter and unit.
+
+    Opening one is the pre-flight check: manifest, tables (sha256) and every shard's exact size, read from metadata alone.
+    Raises Unusable: what is missing or differs, where, and the command that mends it.
+    """
+
+    def __init__(self, *paths: str | Path):
+        assert paths, "Cache needs at least one directory"
+        self.paths = [Path(p) for p in paths]
+        self.manifests = [store.read_manifest(p) for p in self.paths]
+        self._check_alike()
+        self.rate_hz: float = self.manifests[0]["signal"]["rate_hz"]
+        self.signal: dict = self.manifests[0]["signal"]  # rate, band, notch, reference, scale, … as the builder was told
+        self.unit: str = self.manifests[0]["unit"]
+        self.recordings: list[Recording] = []
+        self.participants: dict[str, dict] = {}
+        scales, montages, bad = [], [], []
+        for path, manifest in zip(self.paths, self.manifests):
+            self._load(path, manifest, scales, montages, bad)
+        self._scales = np.concatenate(scales)
+        self._channels = np.array([len(r.names) for r in self.recordings], np.int64)
+        self._first_channel = np.concatenate([[0], np.cumsum(self._channels)])
+        self._good = np.ones(len(self._scales), bool)
+        for first, indices in zip(self._first_channel, bad):
+            self._good[first + np.asarray(indices, np.int64)] = False
+        self._montage = np.array([r.montage for r in self.recordings], np.int64)
+        self._positions = np.full((len(montages), max(map(len, montages)), 3), np.nan, np.float32)
+        for table, positions in zip(self._positions, montages):
+            table[: len(positions)] = positions
+        self._files = OpenFiles()
+
+    def _check_alike(self) -> None:
+        first = self.manifests[0]
+        for path, manifest in zip(self.paths[1:], self.manifests[1:]):
+            for name in ("rate_hz", "scale", "kind"):
+                ours, theirs = first["signal"][name], manifest["signal"][name]
+                if ours != theirs:
+                    raise Unusable(
+                        f"{path} has {name} {theirs}, {self.paths[0]} has {ours}: they can't be read together; rebuild one of them"
+                    )
+
+    def _load(self, path: Path, manifest: dict, scales: list, montages: list, bad: list) -> None:
+        tables = {name: entry for name, entry in manifest["files"].items() if name not in ("quarantine.json", "build.json", "events.npy")}
+        _refuse(path, store.table_problems(path, tables))
+        index, labels = (json.loads((path / name).read_bytes()) for name in ("index.json", "labels.json"))
+        data = path / manifest["directory"]
+        _refuse(path, store.shard_problems(data, index["recordings"]))
+        scales.append(np.load(path / "scales.npy"))
+        known = {r.key for r in self.recordings}
+        for row in index["recordings"]:
+            label, montage = labels["recordings"][row["key"]], index["montages"][row["montage"]]
+            if row["key"] in known:
+                raise Unusable(f"{path} holds {row['key']} once more: give each recording in one cache only")
+            self.recordings.append(
+                Recording(
+                    row["key"],
+                    label["dataset"],
+                    f"{label['dataset']}/{label['subject']}",
+                    label["session"],
+                    label["task"],
+                    label["run"],
+                    label["split"],
+                    label["columns"],
+                    tuple(montage["names"]),
+                    row["samples"],
+                    tuple((start, stop) for start, stop, _ in row["segments"]),
+                    data / "shards" / row["shard"],
+                    len(montages) + row["montage"],
+                )
+            )
+            bad.append(row["bad"])
+        montages += [[[np.nan] * 3 if p is None else p for p in m["positions_m"]] for m in index["montages"]]
+        self.participants |= labels["participants"]
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the content of the cache: the manifest's sha256, joined where there are several caches."""
+        return "+".join(m["sha256"] for m in self.manifests)
+
+    @cached_property
+    def _events(self) -> tuple[np.ndarray, list[str]]:
+        """All events of all caches sorted by recording, and their vocabulary."""
+        tables, vocabulary, first = [], [], 0
+        for path, manifest in zip(self.paths, self.manifests):
+            _refuse(path, store.table_problems(path, {"events.npy": manifest["files"]["events.npy"]}))
+            table = np.load(path / "events.npy").copy()
+            labels = json.loads((path / "labels.json").read_bytes())
+            table["recording"] += first
+            table["label"] += len(vocabulary)
+            first += len(labels["recordings"])
+            vocabulary += labels["vocabulary"]
+            tables.append(table)
+        return np.concatenate(tables), vocabulary
+
+    def events(self, recording: int, label: str | None = None) -> list[Event]:
+        """The events of one recording (row of `recordings`) in order of onset, all or those of one label."""
+        table, vocabulary = self._events
+        low, high = np.searchsorted(table["recording"], [recording, recording + 1])
+        events = (Event(float(e["onset_s"]), float(e["duration_s"]), vocabulary[e["label"]], float(e["value"])) for e in table[low:high])
+        return [e for e in events if label is None or e.label == label]
+
+    def intervals(self, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Recording, start and stop (s) of every event of one label with a duration, overlapping ones of a recording merged."""
+        table, vocabulary = self._events
+        rows = table[np.isin(table["label"], [i for i, v in enumerate(vocabulary) if v == label]) & (table["duration_s"] > 0)]
+        return merge(rows["recording"], rows["onset_s"], rows["onset_s"] + rows["duration_s"])
+
+    def labels(self) -> list[str]:
+        """The vocabulary of events."""
+        return sorted(set(self._events[1]))
+
+    def column(self, name: str) -> list:
+        """A value per recording, None where missing: session, task, run, dataset, split, a column of the source, or a participant's trait."""
+        values = []
+        for r in self.recordings:
+            own = {"session": r.session, "task": r.task, "run": r.run, "dataset": r.dataset, "split": r.split, "subject": r.subject}
+            value = r.columns.get(name, self.participants.get(r.subject, {}).get(name, own.get(name)))
+            values.append(None if value == "" else value)
+        return values
+
+    def columns(self) -> list[str]:
+        """The names `column` knows beyond session, task, run, dataset, split and subject."""
+        return sorted({n for r in self.recordings for n in r.columns} | {n for p in self.participants.values() for n in p})
+
+    def windows(self, split: str | None = None, window_s: float = 4.0, stride_s: float = 2.0, recordings=None) -> Windows:
+        """
+        All windows of one split (or of the given rows of `recordings`); any length and stride, no rebuild.
+
+        Raises Unusable if there are none.
+        """
+        rows = range(len(self.recordings)) if recordings is None else recordings
+        rows = [i for i in rows if split is None or self.recordings[i].split == split]
+        segments = [(i, start, stop) for i in rows for start, stop in self.recordings[i].segments]
+        windows = Windows(segments, self._whole(window_s, "window_s"), self._whole(stride_s, "stride_s"), self)
+        if not len(windows):
+            have = {s: sum(r.split == s for r in self.recordings) for s in ("train", "val", "test")}
+            raise Unusable(f"no window of {window_s} s in split {split or 'all'} of {', '.join(map(str, self.paths))} (recordings: {have})")
+        return windows
+
+    def _whole(self, seconds: float, name: str) -> int:
+        samples = round(seconds * self.rate_hz)
+        if samples < 1 or abs(samples - seconds * self.rate_hz) > 1e-6 * samples:
+            raise Unusable(f"{name} {seconds} is not a whole number of samples at {self.rate_hz} Hz")
+        return samples
+
+    def read(self, recording_B, start_B, samples: int, unit: str = "model", channels: int | None = None) -> Batch:
+        """
+        Read windows of `samples` samples; `unit` is "model" (robust standard deviations, clipped at ±15) or the cache's own (µV).
+
+        `channels` pads to a fixed count instead of the batch's largest. Raises Unusable for a shard that has shrunk since the start.
+        """
+        recording_B, start_B = np.asarray(recording_B, np.int64), np.asarray(start_B, np.int64)
+        assert unit in ("model", self.unit), f"unit {unit!r} is neither 'model' nor {self.unit!r}"
+        count_B = self._channels[recording_B]
+        channel_C = np.arange(max(count_B.max(initial=0), channels or 0))
+        real_BC = channel_C < count_B[:, None]
+        row_BC = np.minimum(self._first_channel[recording_B][:, None] + channel_C, len(self._good) - 1)
+        good_BC = real_BC & self._good[row_BC]
+        gain_BC = bias_BC = None
+        if unit != "model":
+            gain_BC, bias_BC = (torch.from_numpy(np.where(good_BC, self._scales[row_BC, i], 0).astype(np.float32)) for i in (0, 1))
+        with self._files.open([self.recordings[i].shard for i in recording_B]) as fd_B:
+            try:
+                x_BCT = kernels.gather_windows(
+                    torch.from_numpy(fd_B),
+                    torch.from_numpy(store.NPY_HEADER_BYTES + start_B * count_B * 2),
+                    torch.from_numpy(count_B),
+                    torch.from_numpy(np.where(good_BC, channel_C, -1).astype(np.int32)),
+                    samples,
+                    gain_BC,
+                    bias_BC,
+                    CLIP_SD if unit == "model" else float("inf"),
+                )
+            except OSError as error:
+                raise Unusable(f"{error}; one of {len(set(recording_B))} shards of {self.paths[0]} changed under the reader") from error
+        positions_BC3 = np.zeros((*good_BC.shape, 3), np.float32)
+        width = min(self._positions.shape[1], len(channel_C))
+        positions_BC3[:, :width] = self._positions[self._montage[recording_B], :width]
+        positions_BC3[~real_BC] = 0
+        arrays = (positions_BC3, good_BC, recording_B, start_B)
+        return Batch(x_BCT, *(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+
+
+class OpenFiles:
+    """Shards kept open, the least recently used closed first; opened lazily, so that a forked process opens its own."""
+
+    def __init__(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < 8192 <= hard or (hard != resource.RLIM_INFINITY and soft < hard):  # commonly 1,024, less than two large batches
+            soft = min(hard, 8192) if hard != resource.RLIM_INFINITY else 8192
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self.capacity = max(64, soft // 2)
+        self._fds: OrderedDict[Path, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def open(self, paths: list[Path]):
+        """The file descriptors of a batch, int64; none is closed while the batch is read. Raises Unusable."""
+        with self._lock:
+            for path in dict.fromkeys(paths):
+                if path in self._fds:
+                    self._fds.move_to_end(path)
+                    continue
+                try:
+                    self._fds[path] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise Unusable(f"{path}: {error.strerror}; the cache changed under the reader: build it again") from error
+            yield np.array([self._fds[path] for path in paths], np.int64)
+            while len(self._fds) > self.capacity:
+                os.close(self._fds.popitem(last=False)[1])
+
+    def __del__(self):
+        for fd in self._fds.values():
+            os.close(fd)
+
+
+def _refuse(path: Path, problems) -> None:
+    """Raise Unusable for the first problems found, with the command that mends them."""
+    found = list(problems)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise Unusable(f"{found[0]}{more}; mend it: {store.build_command(path)}")

@@ -1,0 +1,151 @@
+"""
+What every script's command line has in common: flags from a frozen dataclass, presets, exit codes, one JSON line at the end.
+
+    if __name__ == "__main__":
+        sys.exit(command.run(main, Config, __doc__, PRESETS))
+
+Imports no torch and no MNE, so that `--help` and the cache builder start at once.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from lib.errors import Failed, Unusable
+
+DONE, FAILED, UNUSABLE, QUARANTINED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_out = None  # the real standard output while `run` keeps everything else off it
+
+
+def run(
+    main: Callable[[typing.Any], dict | None], config: type, doc: str, presets: dict[str, dict] | None = None
+) -> int:
+    """
+    Parse sys.argv into `config`, call `main` and return the exit status.
+
+    `main(cfg)` returns the results, which become the last line of stdout (None prints nothing: ranks other than 0), with
+    status 3 if they hold a `quarantined` other than 0. Whatever else is printed meanwhile, also by child processes, goes to
+    stderr. Unusable → one line and 2; Failed → one line and 1; KeyboardInterrupt → 130, its message telling how to go on;
+    other errors are bugs and keep their traceback (1).
+    """
+    prog = Path(sys.argv[0]).name
+    try:
+        cfg = parse(config, sys.argv[1:], doc, presets)
+        with _only_results_on_stdout():
+            results = main(cfg)
+            if results is not None:
+                emit(results)
+    except Unusable as e:
+        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        return UNUSABLE
+    except Failed as e:
+        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt as e:
+        print(f"{prog}: {' '.join(['interrupted', *map(str, e.args)])}", file=sys.stderr)
+        return INTERRUPTED
+    return QUARANTINED if results and results.get("quarantined") else DONE
+
+
+def emit(results: dict) -> None:
+    """Write one JSON object as a line of the real stdout, at once (`run` does it for what main returns)."""
+    print(json_line(results), file=_out or sys.stdout, flush=True)
+
+
+def parse(config: type, args: Sequence[str], doc: str = "", presets: dict[str, dict] | None = None) -> typing.Any:
+    """
+    An instance of the dataclass `config`: the defaults of the preset named by `--preset` (field `preset`), then the flags.
+
+    Field names become flags and trailing comments their help, by tyro. `none` stands for None where a field allows it.
+    Raises Unusable for flags that don't parse, and SystemExit after `--help`.
+    """
+    args = _none_by_any_case(config, args)
+    default = config()
+    if presets is not None:
+        names = [b for a, b in itertools.pairwise(args) if a == "--preset"]
+        names += [a.removeprefix("--preset=") for a in args if a.startswith("--preset=")]
+        default = dataclasses.replace(default, **presets.get(names[-1] if names else default.preset, {}))
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config, args=args, default=default, description=doc)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise Unusable(_unboxed(complaint.getvalue())) from None
+
+
+def json_line(value: typing.Any) -> str:
+    """Strict one-line JSON: paths and numpy numbers are understood, and a number that isn't finite becomes null."""
+    return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: typing.Any) -> typing.Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _none_by_any_case(config: type, args: Sequence[str]) -> list[str]:
+    """tyro knows None only as `None`; a field whose choices hold the word "none" keeps it."""
+    optional = {
+        f"--{name.replace('_', '-')}"
+        for name, hint in typing.get_type_hints(config).items()
+        if isinstance(hint, types.UnionType | typing._UnionGenericAlias) and type(None) in typing.get_args(hint)
+    }
+    flag, out = "", []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if arg.startswith("--"):
+            flag = name.replace("_", "-")
+        if flag in optional and arg.lower() == "none":
+            arg = "None"
+        elif flag in optional and equals and arg.startswith("--") and value.lower() == "none":
+            arg = f"{name}=None"
+        out.append(arg)
+    return out
+
+
+def _unboxed(text: str) -> str:
+    """The first paragraph of the box that tyro draws around an error, as one line that ends in where to look."""
+    text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", text)
+    lines = [line.strip(" │|").strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"[╭╰+]", line)]
+    rule = next((i for i, line in enumerate(lines) if re.fullmatch(r"[─-]+", line)), len(lines))
+    return f"{' '.join(lines[:rule]).rstrip('.')}; see --help"
+
+
+@contextlib.contextmanager
+def _only_results_on_stdout() -> Iterator[None]:
+    """Send what libraries and child processes print to stderr, by file descriptor as well as by name."""
+    global _out
+    sys.stdout.flush()
+    saved = os.dup(1)
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as own, contextlib.redirect_stdout(sys.stderr):
+        _out = own
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            _out = None
+            os.dup2(saved, 1)
+            os.close(saved)

@@ -1,0 +1,160 @@
+"""
+The demo cohort on disk: a BIDS dataset of EDF files whose truth is known (lib/cohort.py, lib/synthesis.py; printed in docs/demo.md).
+
+    dataset_description.json  README  participants.tsv  participants.json  .bidsignore
+    sub-D001/eeg/sub-D001_task-RestingState_run-1_{eeg.edf,eeg.json,channels.tsv,events.tsv}
+    sub-D001/eeg/sub-D001_task-szMonitoring_run-1_eeg.{edf,json,csv_bi}
+    demo.json                 parameters and the size of every file; written last
+"""
+
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lib import cohort, synthesis
+from lib.edf import write_edf
+from lib.errors import Unusable
+from lib.store import canonical_json, digest, fsync_directory, remove_stale_temporaries, write_atomic
+
+RECIPE = 1  # to be raised when the code gives other signals from the same tables
+SECONDS_MIN = 12
+LEVELS = {
+    "sex": {"Levels": {"F": "female", "M": "male"}},
+    "age": {"Description": "age", "Units": "years"},
+    "ehq_total": {"Description": "Edinburgh Handedness Questionnaire, -100 (left) to 100 (right)"},
+    **{name: {"Description": f"{name} factor, z-score"} for name in cohort.TRAITS[3:]},
+}
+
+
+def write_demo(directory: str | Path, seed: int = 0, subjects: int = 24, scale: float = 1.0) -> dict:
+    """
+    Write the demo cohort into `directory` (every recording `scale` times as long as usual) and return what it holds.
+
+    A complete cohort with the same parameters is left alone, an interrupted one is written again: its files are a function of the
+    parameters alone. Raises Unusable for a directory that holds anything else, or senseless parameters.
+    """
+    root = Path(directory)
+    if seed < 0 or subjects < 1 or not 0.1 <= scale <= 100:
+        raise Unusable(f"demo cohort: need seed >= 0, subjects >= 1 and scale 0.1 to 100, got {seed}, {subjects} and {scale:g}")
+    truth = digest([RECIPE, cohort.PARAMETERS, cohort.FEATURES, [[*pair, r] for pair, r in cohort.CORRELATIONS.items()], [m[:-1] for m in cohort.MONTAGES]])
+    parameters = {"seed": seed, "subjects": subjects, "scale": scale, "truth": truth[:12]}
+    description = _json(_dataset_description(parameters))
+    summary = _find(root, parameters, description)
+    if summary:
+        return summary
+
+    root.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(root)
+    (root / "demo.json").unlink(missing_ok=True)
+    write_atomic(root / "dataset_description.json", description)
+    write_atomic(root / ".bidsignore", b"*.csv_bi\ndemo.json\n")
+    write_atomic(root / "README", b"Simulated EEG of people who do not exist: Berger's demo cohort. docs/demo.md in Berger has its truth.\n")
+    write_atomic(root / "participants.json", _json(LEVELS))
+    people = [cohort.draw_subject(seed, number) for number in range(subjects)]
+    rows = [[f"sub-{s.id}", *(s.columns[trait] for trait in cohort.TRAITS), s.montage.name] for s in people]
+    write_atomic(root / "participants.tsv", _tsv(["participant_id", *cohort.TRAITS, "montage"], rows))
+
+    seizures, total_s = 0, 0
+    todo = [(s, task, run, seconds) for s in people for (task, run), seconds in s.montage.seconds.items()]
+    for subject, task, run, seconds in tqdm(todo, desc="demo cohort", unit="recording", disable=None):
+        recording = synthesis.record(subject, task, run, max(SECONDS_MIN, round(seconds * scale)))
+        _write_recording(root / f"sub-{subject.id}" / "eeg", subject, task, run, recording)
+        seizures += len(recording.seizures)
+        total_s += recording.x_CT.shape[1] / subject.montage.rate_hz
+    files = {p.relative_to(root).as_posix(): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()}
+    summary = {"subjects": subjects, "recordings": len(todo), "seconds": total_s, "seizures": seizures, "bytes": sum(files.values())}
+    write_atomic(root / "demo.json", _json({"parameters": parameters, "summary": summary, "files": files}))
+    return {"directory": str(root), "written": True, **summary}
+
+
+def _find(root: Path, parameters: dict, description: bytes) -> dict | None:
+    """The summary of the complete cohort that is in `root`, None if it has to be written. Raises Unusable."""
+    mend = "remove it or name another directory"
+    if root.exists() and not root.is_dir():
+        raise Unusable(f"{root} is not a directory: the demo cohort can't be written there; {mend}")
+    if not root.exists() or not any(root.iterdir()):
+        return None
+    marker = root / "demo.json"
+    if not marker.exists():
+        started = root / "dataset_description.json"
+        left_over = started.read_bytes() == description if started.exists() else not any(not p.name.endswith(".tmp") for p in root.iterdir())
+        if left_over:  # of an interrupted call
+            return None
+        raise Unusable(f"{root} is not empty and holds no demo cohort of these parameters; {mend}")
+    try:
+        found = json.loads(marker.read_bytes())
+        there, files, summary = found["parameters"], found["files"], found["summary"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unusable(f"{marker} is not the marker of a demo cohort; {mend}") from error
+    if there != parameters:
+        differs = ", ".join(f"{k} {there.get(k)} there, {v} asked for" for k, v in parameters.items() if there.get(k) != v)
+        raise Unusable(f"{root} holds another demo cohort ({differs}); {mend}")
+    complete = all((root / name).is_file() and (root / name).stat().st_size == size for name, size in files.items())
+    return {"directory": str(root), "written": False, **summary} if complete else None
+
+
+def _write_recording(folder: Path, subject: cohort.Subject, task: str, run: int, recording: synthesis.Recording) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    montage, stem = subject.montage, f"sub-{subject.id}_task-{task}_run-{run}"
+    duration_s = recording.x_CT.shape[1] / montage.rate_hz
+    channels = [
+        [label, "EEG", "uV", montage.rate_hz, montage.reference, "bad" if i in recording.bad else "good", recording.bad.get(i)]
+        for i, label in enumerate(montage.labels)
+    ]
+    columns = ["name", "type", "units", "sampling_frequency", "reference", "status", "status_description"]
+    write_atomic(folder / f"{stem}_channels.tsv", _tsv(columns, channels))
+    facts = {
+        "TaskName": task,
+        "EEGReference": montage.reference,
+        "SamplingFrequency": montage.rate_hz,
+        "PowerLineFrequency": montage.line_hz,
+        "SoftwareFilters": "n/a",
+        "EEGChannelCount": len(montage.labels),
+        "RecordingDuration": duration_s,
+        "RecordingType": "continuous",
+    }
+    write_atomic(folder / f"{stem}_eeg.json", _json(facts))
+    if recording.events:
+        rows = [[f"{onset_s:.3f}", f"{length_s:.3f}", *texts] for onset_s, length_s, *texts in recording.events]
+        write_atomic(folder / f"{stem}_events.tsv", _tsv(["onset", "duration", "value", "event_code", "feedback"], rows))
+    if task == "szMonitoring":
+        write_atomic(folder / f"{stem}_eeg.csv_bi", csv_bi(f"{stem}_eeg", duration_s, recording.seizures))
+    path = folder / f"{stem}_eeg.edf"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_edf(temporary, recording.x_CT, montage.rate_hz, list(montage.labels))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(folder)
+
+
+def csv_bi(stem: str, duration_s: float, seizures: list[tuple[float, float]]) -> bytes:
+    """A Temple-style `.csv_bi` (term-based, seizure or background) that covers the whole recording; `seizures` in order."""
+    edges = [0.0, *(t for interval in seizures for t in interval), duration_s]
+    spans = [(a, b, ("bckg", "seiz")[i % 2]) for i, (a, b) in enumerate(zip(edges, edges[1:])) if b > a]
+    head = ["# version = csv_v1.0.0", f"# bname = {stem}", f"# duration = {duration_s:.4f} secs", "#"]
+    lines = [f"TERM,{a:.4f},{b:.4f},{label},1.0000" for a, b, label in spans]
+    return "\n".join([*head, "channel,start_time,stop_time,label,confidence", *lines, ""]).encode()
+
+
+def _dataset_description(parameters: dict) -> dict:
+    return {
+        "Name": "Berger demo cohort",
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "raw",
+        "License": "CC0",
+        "GeneratedBy": [{"Name": "berger-demo", "Version": str(RECIPE), "Description": canonical_json(parameters).decode()}],
+    }
+
+
+def _json(value) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _tsv(columns: list[str], rows: list[list]) -> bytes:
+    return "\n".join("\t".join("n/a" if cell is None else str(cell) for cell in row) for row in [columns, *rows]).encode() + b"\n"

@@ -1,0 +1,145 @@
+"""
+Which tokens a window's context encoder sees and which it has to predict: an exact share, in blocks by electrode distance.
+
+Token n of a window is patch n % P of channel n // P. A mask is a function of (seed, step, index of the window in the global
+batch) and of that window's own channels, so that ranks, micro-batches and the other windows of a batch change nothing.
+
+Shape letters: B windows, C channels, P patches per channel, N = C * P tokens, K context tokens, M target tokens, W any width.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+KINDS = ("random", "spatial", "temporal", "spatiotemporal")
+
+
+@dataclass
+class Masks:
+    """Token ids in ascending order; windows with fewer than the others are filled up with id 0, marked False in `*_real`."""
+
+    context_BK: torch.Tensor  # int64
+    target_BM: torch.Tensor  # int64
+    context_real_BK: torch.Tensor | None  # bool; None if nothing was filled up
+    target_real_BM: torch.Tensor | None
+
+    @property
+    def targets(self) -> int:
+        """How many tokens there are to predict, over all windows."""
+        return self.target_BM.numel() if self.target_real_BM is None else int(self.target_real_BM.sum())
+
+    def to(self, device: torch.device) -> "Masks":
+        """The same on another device."""
+        parts = (self.context_BK, self.target_BM, self.context_real_BK, self.target_real_BM)
+        return Masks(*(None if t is None else t.to(device, non_blocking=True) for t in parts))
+
+
+def uniform(seed: int, step: int, index_B: np.ndarray, width: int, stream: int) -> np.ndarray:
+    """
+    Numbers in [0, 1), float64 (B, W), each a function of (seed, step, stream, window index, column) alone.
+
+    SplitMix64 (Steele, Lea & Flood 2014) on a counter: a generator per window would cost a Python loop over the batch.
+    """
+    key = np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)
+    z = (np.asarray(index_B, np.uint64)[:, None] << np.uint64(32)) + np.arange(1, width + 1, dtype=np.uint64)
+    z = key + z * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def choose_channels(mask_BC: torch.Tensor, most: int, seed: int, step: int, index_B: np.ndarray) -> torch.Tensor:
+    """
+    Channel ids (B, C') int64 in ascending order: at most `most` good channels of each window, drawn at random (0: all of them).
+
+    C' is the largest number that any window keeps; windows with fewer are filled up with masked channels.
+    """
+    good_BC = mask_BC.numpy()
+    keep = min(int(good_BC.sum(1).max()), most or good_BC.shape[1])
+    order_BC = np.where(good_BC, uniform(seed, step, index_B, good_BC.shape[1], stream=1) if most else 0.0, 1.0)
+    return torch.from_numpy(np.sort(np.argsort(order_BC, axis=1, kind="stable")[:, :keep], axis=1))
+
+
+def draw_masks(
+    kind: str,
+    positions_BC3: torch.Tensor,
+    mask_BC: torch.Tensor,
+    patches: int,
+    ratio: float,
+    radius_m: float,
+    length: int,
+    seed: int,
+    step: int,
+    index_B: np.ndarray,
+) -> Masks:
+    """
+    Hide `ratio` of each window's own good tokens, rounded half up, but at least one and never all.
+
+    random: single tokens. Otherwise blocks, until the number is met; the last one is cut to its electrodes nearest its centre:
+    spatial: all patches of the electrodes within radius_m; temporal: `length` patches of all electrodes; spatiotemporal (Guetschel
+    2026): `length` patches of the electrodes within radius_m. An electrode without a position (NaN) is near itself only.
+    """
+    good_BCP = np.repeat(mask_BC.numpy()[:, :, None], patches, axis=2)
+    B, C, P = good_BCP.shape
+    tokens_B = good_BCP.sum((1, 2))
+    assert tokens_B.min() >= 2, f"a window with {tokens_B.min()} good tokens can't be split into context and target"
+    hidden_B = np.clip(np.floor(ratio * tokens_B + 0.5).astype(np.int64), 1, tokens_B - 1)
+    priority_BCP = uniform(seed, step, index_B, C * P, stream=2).reshape(B, C, P)
+    if kind == "random":
+        order_BCP = priority_BCP
+    else:
+        radius_m = np.inf if kind == "temporal" else radius_m
+        length = P if kind == "spatial" else min(length, P)
+        shift_BCP = np.floor(uniform(seed, step, index_B, C * P, stream=3).reshape(B, C, P) * length).astype(np.int64)
+        order_BCP = _order_of_blocks(positions_BC3.numpy(), good_BCP, hidden_B, priority_BCP, shift_BCP, radius_m, length)
+    order_BN = np.where(good_BCP, order_BCP, np.inf).reshape(B, C * P)
+    good_BN = good_BCP.reshape(B, C * P)
+
+    first_BM = np.argsort(order_BN, axis=1, kind="stable")[:, : hidden_B.max()]
+    target_BN = np.zeros((B, C * P), bool)
+    np.put_along_axis(target_BN, first_BM, np.arange(first_BM.shape[1]) < hidden_B[:, None], axis=1)
+    context_BK, context_real_BK = _ids(good_BN & ~target_BN)
+    target_BM, target_real_BM = _ids(target_BN)
+    return Masks(context_BK, target_BM, context_real_BK, target_real_BM)
+
+
+def _order_of_blocks(positions_BC3, good_BCP, hidden_B, priority_BCP, shift_BCP, radius_m: float, length: int) -> np.ndarray:
+    """
+    When each token is hidden (B, C, P), infinite if not needed: the number of its block plus its distance from the centre.
+
+    Each round places one block per window around its not yet hidden token of highest priority, the block's start shifted so
+    that the centre can be any of its patches.
+    """
+    B, C, P = good_BCP.shape
+    order_BCP = np.full((B, C, P), np.inf)
+    open_B = hidden_B.copy()
+    time_P = np.arange(P)
+    for block in range(C * P):  # every block hides at least its own centre
+        rows = np.flatnonzero(open_B > 0)  # A: windows that still need a block
+        if not len(rows):
+            break
+        free_ACP = good_BCP[rows] & np.isinf(order_BCP[rows])
+        centre_A = np.where(free_ACP, priority_BCP[rows], -1.0).reshape(len(rows), -1).argmax(1)
+        channel_A, patch_A = centre_A // P, centre_A % P
+        start_A = np.clip(patch_A - shift_BCP[rows, channel_A, patch_A], 0, P - length)
+        distance_AC = np.linalg.norm(positions_BC3[rows] - positions_BC3[rows, channel_A][:, None], axis=2)
+        distance_AC = np.nan_to_num(distance_AC, nan=np.inf)
+        distance_AC[np.arange(len(rows)), channel_A] = 0
+        near_AC = distance_AC <= radius_m
+        during_AP = (time_P >= start_A[:, None]) & (time_P < start_A[:, None] + length)
+        new_ACP = free_ACP & near_AC[:, :, None] & during_AP[:, None, :]
+        when_AC1 = block + np.minimum(distance_AC, 0.999)[:, :, None]  # a distance in metres is well below 1
+        order_BCP[rows] = np.where(new_ACP, when_AC1, order_BCP[rows])
+        open_B[rows] -= new_ACP.sum((1, 2))
+    return order_BCP
+
+
+def _ids(chosen_BN: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ascending ids of the chosen tokens, filled up with 0, and which are real (None: all)."""
+    count_B = chosen_BN.sum(1)
+    ids_BW = np.argsort(~chosen_BN, axis=1, kind="stable")[:, : count_B.max()]
+    real_BW = np.arange(ids_BW.shape[1]) < count_B[:, None]
+    if real_BW.all():
+        return torch.from_numpy(ids_BW), None
+    return torch.from_numpy(np.where(real_BW, ids_BW, 0)), torch.from_numpy(real_BW)

@@ -1,0 +1,249 @@
+"""
+The encoder on (channel, time patch) tokens, the JEPA predictor, and encoders as files.
+
+No parameter depends on a montage: a token knows its electrode by 3-D position and its patch by time in seconds. Token n of a
+window is patch n % P of channel n // P.
+
+Shape letters: B windows, C channels, T samples, S samples of a patch, P patches per channel, N = C * P tokens, K tokens seen,
+M tokens asked for, D width, H heads, F frequencies.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.errors import Unusable
+from lib.tensors import load_tensors, save_tensors
+
+FORMAT = "berger-encoder"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What it takes to build an encoder; stored with its weights."""
+
+    encoder: str = "transformer"
+    d_model: int = 128
+    layers: int = 4
+    heads: int = 4
+    rate_hz: float = 100.0  # of the signal; frequencies and times mean nothing without it
+    patch: int = 100  # samples per token
+
+    def check(self) -> None:
+        """Raises Unusable for sizes that don't fit each other."""
+        if self.encoder not in ENCODERS:
+            raise Unusable(f"--encoder {self.encoder} is unknown; there are: {', '.join(ENCODERS)}")
+        if self.d_model % (2 * self.heads):
+            raise Unusable(f"--d-model {self.d_model} must be a multiple of 2 x --heads {self.heads}")
+        if self.patch < 8:
+            raise Unusable(f"a patch of {self.patch} samples is too short for a spectrum; raise --patch-s")
+
+
+def take(z_BND: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
+    """The tokens `ids_BK` of each window."""
+    return z_BND.gather(1, ids_BK[:, :, None].expand(-1, -1, z_BND.shape[2]))
+
+
+def to_patches(x_BCT: torch.Tensor, patch: int) -> torch.Tensor:
+    """Windows as tokens of raw samples (B, N, S); the window length must be a multiple of the patch length."""
+    assert x_BCT.shape[2] % patch == 0, f"{x_BCT.shape[2]} samples are no multiple of patches of {patch}"
+    return x_BCT.unflatten(2, (-1, patch)).flatten(1, 2)
+
+
+class PatchEmbedding(nn.Module):
+    """
+    A linear map of a patch's samples plus one of its log amplitude spectrum.
+
+    The spectrum (Hann window, unit white noise at about 0) is what rhythms of random phase have in common; the samples keep phase
+    and shape. Amplitude survives in both, because windows are scaled per recording, not per window.
+    """
+
+    def __init__(self, patch: int, d: int):
+        super().__init__()
+        self.samples = nn.Linear(patch, d)
+        self.spectrum = nn.Linear(patch // 2 + 1, d)
+        hann_S = torch.hann_window(patch)
+        self.register_buffer("taper_S", hann_S / hann_S.square().sum().sqrt(), persistent=False)
+
+    def forward(self, x_BKS: torch.Tensor) -> torch.Tensor:
+        power_BKF = torch.fft.rfft(x_BKS.float() * self.taper_S).abs().square()
+        # the floor is 40 dB under white noise of unit variance: below it are float16 rounding and filtered-out bands
+        return self.samples(x_BKS) + self.spectrum(0.5 * torch.log(power_BKF + 1e-4))
+
+
+class Places(nn.Module):
+    """
+    Where and when a token is: an MLP of Fourier features of the electrode's position plus a fixed sine-cosine code of time.
+
+    Electrodes without a position (NaN) share one learned vector.
+    """
+
+    WAVELENGTHS_M = (0.4, 0.2, 0.1, 0.05)  # from twice a head's width to the spacing of 64 electrodes
+
+    def __init__(self, d: int, patch_s: float):
+        super().__init__()
+        self.space = nn.Sequential(nn.Linear(3 + 6 * len(self.WAVELENGTHS_M), d), nn.GELU(), nn.Linear(d, d))
+        self.unplaced_D = nn.Parameter(0.02 * torch.randn(d))
+        self.patch_s = patch_s
+        period_s = 2 * patch_s * 250 ** torch.linspace(0, 1, d // 2)
+        self.register_buffer("rad_per_s", 2 * math.pi / period_s, persistent=False)
+        self.register_buffer("rad_per_m", 2 * math.pi / torch.tensor(self.WAVELENGTHS_M), persistent=False)
+
+    def forward(self, positions_BC3: torch.Tensor, patches: int, ids_BK: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes (B, K, D) of the tokens `ids_BK`, or of all N."""
+        placed_BC1 = positions_BC3.isfinite().all(2, keepdim=True)
+        xyz_BC3 = torch.where(placed_BC1, positions_BC3, 0.0)
+        angle_BCF = (xyz_BC3[..., None] * self.rad_per_m).flatten(2)
+        features_BCF = torch.cat([xyz_BC3 / 0.1, angle_BCF.sin(), angle_BCF.cos()], 2)  # a head's radius is about 0.1 m
+        space_BCD = torch.where(placed_BC1, self.space(features_BCF), self.unplaced_D)
+        time_s_P = (torch.arange(patches, device=positions_BC3.device) + 0.5) * self.patch_s
+        angle_PF = time_s_P[:, None] * self.rad_per_s
+        time_PD = torch.cat([angle_PF.sin(), angle_PF.cos()], 1)
+        if ids_BK is None:
+            return (space_BCD[:, :, None] + time_PD).flatten(1, 2)
+        return take(space_BCD, ids_BK // patches) + time_PD[ids_BK % patches]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; with `context` its queries attend to that instead of to themselves."""
+
+    def __init__(self, d: int, heads: int, depth: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.wide, self.narrow = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        with torch.no_grad():  # so that the residual stream does not grow with depth (GPT-2)
+            self.out.weight /= math.sqrt(2 * depth)
+            self.narrow.weight /= math.sqrt(2 * depth)
+
+    def forward(self, z_BKD: torch.Tensor, real_BK: torch.Tensor | None = None, context_BKD: torch.Tensor | None = None) -> torch.Tensor:
+        """`real_BK` marks the keys that may be attended to; None means all of them, which is faster."""
+        h_BKD = self.norm1(z_BKD)
+        d = h_BKD.shape[2]
+        if context_BKD is None:
+            q, k, v = self.qkv(h_BKD).chunk(3, 2)
+        else:
+            q = F.linear(h_BKD, self.qkv.weight[:d], self.qkv.bias[:d])
+            k, v = F.linear(context_BKD, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, 2)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        keys = None if real_BK is None else real_BK[:, None, None, :]
+        a_BKD = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
+        z_BKD = z_BKD + self.out(a_BKD)
+        return z_BKD + self.narrow(F.gelu(self.wide(self.norm2(z_BKD))))
+
+
+class Transformer(nn.Module):
+    """
+    Tokens of all channels and patches attend to each other.
+
+    Every encoder has this interface: `forward` gives features of the tokens `ids_BK` computed from these tokens alone, or of all
+    N = C * P tokens if ids_BK is None. Masked channels (mask_BC False) and tokens that aren't real are never attended to; what
+    comes out at their places means nothing. Give None instead of a mask without False: it is faster.
+    """
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        a = self.architecture = architecture
+        self.embed = PatchEmbedding(a.patch, a.d_model)
+        self.place = Places(a.d_model, a.patch / a.rate_hz)
+        self.blocks = nn.ModuleList(Block(a.d_model, a.heads, a.layers) for _ in range(a.layers))
+        self.norm = nn.LayerNorm(a.d_model)
+
+    def forward(
+        self,
+        x_BCT: torch.Tensor,
+        positions_BC3: torch.Tensor,
+        mask_BC: torch.Tensor | None = None,
+        ids_BK: torch.Tensor | None = None,
+        real_BK: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        patches = x_BCT.shape[2] // self.architecture.patch
+        x_BNS = to_patches(x_BCT, self.architecture.patch)
+        if ids_BK is not None:
+            x_BNS = take(x_BNS, ids_BK)
+        elif mask_BC is not None:
+            real_BK = mask_BC.repeat_interleave(patches, 1)
+        z_BKD = self.embed(x_BNS) + self.place(positions_BC3, patches, ids_BK)
+        for block in self.blocks:
+            z_BKD = block(z_BKD, real_BK)
+        return self.norm(z_BKD)
+
+
+ENCODERS = {"transformer": Transformer}
+
+
+class Predictor(nn.Module):
+    """
+    Guesses the teacher's features at the target tokens: one query per target, which is all about its place, attends to the context.
+
+    Narrower than the encoder on purpose: a predictor that could do the encoder's work would leave it none (Assran 2023).
+    """
+
+    def __init__(self, architecture: Architecture, layers: int):
+        super().__init__()
+        a = architecture
+        d = a.d_model // 2
+        self.narrow = nn.Linear(a.d_model, d)
+        self.place = Places(d, a.patch / a.rate_hz)
+        self.query_D = nn.Parameter(0.02 * torch.randn(d))
+        self.blocks = nn.ModuleList(Block(d, max(1, a.heads // 2), layers) for _ in range(layers))
+        self.norm = nn.LayerNorm(d)
+        self.out = nn.Linear(d, a.d_model)
+
+    def forward(
+        self,
+        z_BKD: torch.Tensor,
+        positions_BC3: torch.Tensor,
+        patches: int,
+        context_BK: torch.Tensor,
+        target_BM: torch.Tensor,
+        context_real_BK: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        seen_BKD = self.narrow(z_BKD) + self.place(positions_BC3, patches, context_BK)
+        q_BMD = self.query_D + self.place(positions_BC3, patches, target_BM)
+        for block in self.blocks:
+            q_BMD = block(q_BMD, context_real_BK, seen_BKD)
+        return self.out(self.norm(q_BMD))
+
+
+def build_encoder(architecture: Architecture) -> nn.Module:
+    """A freshly initialised encoder. Raises Unusable."""
+    architecture.check()
+    return ENCODERS[architecture.encoder](architecture)
+
+
+def signal_meta(cache) -> dict:
+    """What an encoder must know of the signals it was trained on: rate, unit, filter, reference, scale, channels, cache."""
+    names = sorted({name for r in cache.recordings for name in r.names})
+    return {"rate_hz": cache.rate_hz, "unit": cache.unit, "signal": cache.signal, "channels": names, "cache": cache.fingerprint}
+
+
+def save_encoder(path: str | Path, encoder: nn.Module, meta: dict) -> None:
+    """Write an encoder with everything needed to use it; `meta` has `signal_meta` and `lineage`."""
+    meta = {"format": FORMAT, "version": VERSION, "architecture": asdict(encoder.architecture)} | meta
+    save_tensors(Path(path), encoder.state_dict(), meta)
+
+
+def load_encoder(path: str | Path, cache=None) -> tuple[nn.Module, dict]:
+    """
+    An encoder (on the CPU, in evaluation mode) and its metadata.
+
+    Raises Unusable if the file is missing, damaged or no encoder, or if `cache` holds signals unlike those it was trained on.
+    """
+    tensors, meta = load_tensors(path)
+    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    if cache is not None:
+        for name in ("rate_hz", "band_hz", "notch_hz", "reference", "scale"):
+            ours, theirs = meta["signal"].get(name), cache.signal.get(name)
+            if ours != theirs:
+                raise Unusable(f"{path} was trained at {name} {ours}, the cache has {theirs}: rebuild the cache with the encoder's value")
+    encoder = build_encoder(Architecture(**meta["architecture"]))
+    encoder.load_state_dict(tensors)
+    return encoder.eval(), meta
