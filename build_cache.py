@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from lib import channels, command, filters, manifest, pool, recordings, store
 from lib.errors import Failed, Rejected, Unusable
+from lib.inspection import check_amplitude, inspect
 from lib.recordings import ReadSpec
 from lib.sources import Discovery, Source, discover
 
@@ -42,11 +43,15 @@ class Config:
     action: Literal["build", "verify", "status", "gc"] = "build"  # gc deletes what no manifest refers to
     # signal path: any change here is another signal hash, so that caches never mix
     rate_hz: float | None = None  # sampling rate of the cache; none: 100 for EEG, the native rate for vibration
-    band_hz: Literal["auto", "none"] | tuple[float, float] = "auto"  # pass band; auto: 0.5 45 for EEG, none for vibration
+    band_hz: Literal["auto", "none"] | tuple[float, float] = (
+        "auto"  # pass band; auto: 0.5 45 for EEG, none for vibration
+    )
     notch_hz: Literal["none"] | tuple[float, ...] = "none"  # line frequencies to remove, e.g. 50 100
     reference: str = "average"  # average, none, or electrodes such as Cz or A1,A2; vibration is never re-referenced
     channels: str = "all"  # all, tuh21, tuh19, hbn128, or names such as C3,Cz,C4
-    missing: Literal["auto", "reject", "interpolate", "mask"] = "auto"  # electrodes a profile wants and a file lacks; auto: the profile's
+    missing: Literal["auto", "reject", "interpolate", "mask"] = (
+        "auto"  # electrodes a profile wants and a file lacks; auto: the profile's
+    )
     scale: Literal["robust", "zscore", "none"] = "robust"  # per recording and channel; microvolts stay recoverable
     causal: bool = False  # the filter that serve_realtime.py runs, instead of the zero-phase one
     engine: Literal["fft", "mne"] = "fft"  # mne: MNE's own filter and resample, slower, as a cross-check
@@ -85,7 +90,9 @@ def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
     elif rate_hz is None:
         native = sorted({spec.rate_hz for spec in specs if spec.rate_hz} or {0.0})
         if len(native) > 1 or not native[0]:
-            raise Unusable(f"--rate-hz is needed for vibration sources whose rates are {', '.join(f'{r:g}' for r in native)} Hz")
+            raise Unusable(
+                f"--rate-hz is needed for vibration sources whose rates are {', '.join(f'{r:g}' for r in native)} Hz"
+            )
         rate_hz = native[0]
     band = (0.5, 45.0) if cfg.band_hz == "auto" and eeg else None if cfg.band_hz in ("auto", "none") else cfg.band_hz
     if band and not 0 <= band[0] < band[1] <= rate_hz / 2:
@@ -153,16 +160,22 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
         raise Rejected("rate_too_low", f"sampled at {rate_hz:g} Hz, which can't hold {highest:g} Hz")
 
     x_CT = recording.read(wanted)
-    check = filters.inspect(x_CT, rate_hz, recording.segments, plausible_uV=signal["kind"] == "eeg" and recording.unit == "uV")
+    check = inspect(x_CT, rate_hz, recording.segments)
     notes += check.notes
     y_CT, segments = _filter(check.x_CT, rate_hz, check.segments, signal)
     y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
     if not segments:
-        raise Rejected("too_short", f"no segment of {signal['min_seconds']:g} s is left of {x_CT.shape[1] / rate_hz:.2f} s")
+        raise Rejected(
+            "too_short", f"no segment of {signal['min_seconds']:g} s is left of {x_CT.shape[1] / rate_hz:.2f} s"
+        )
 
     good = np.setdiff1d(np.arange(len(present)), check.bad)
     if len(good) <= len(present) / 2:
-        raise Rejected("bad_channels", f"{len(present) - len(good)} of {len(present)} channels are flat, saturated or not a number")
+        raise Rejected(
+            "bad_channels", f"{len(present) - len(good)} of {len(present)} channels are flat, saturated or not a number"
+        )
+    if recording.unit == "uV":
+        notes += check_amplitude(y_CT, good)
     if extra:
         places = [wanted.index(i) for i in extra]
         if set(places) & set(check.bad):
@@ -185,7 +198,10 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
     else:
         bad, interpolated = sorted(bad + lacking), []
 
-    scale_C, offset_C = {"robust": filters.robust_scale, "zscore": filters.zscore, "none": filters.unit_scale}[signal["scale"]](full_CT)
+    if signal["scale"] == "none":
+        scale_C, offset_C = np.ones(len(full_CT)), np.zeros(len(full_CT))
+    else:
+        scale_C, offset_C = {"robust": filters.robust_scale, "zscore": filters.zscore}[signal["scale"]](full_CT)
     scale_C, offset_C = np.asarray(scale_C, np.float32), np.asarray(offset_C, np.float32)
     full_CT -= offset_C[:, None]
     full_CT /= scale_C[:, None]
@@ -249,6 +265,7 @@ class Task:
     signal: dict
     directory: Path  # CACHE/<signal hash>
     previous: dict | None  # the part of an earlier build whose source has been touched since
+    anonymous: bool = False  # leave no reason in the part: it can name the file
 
 
 def cache_recording(task: Task) -> dict:
@@ -265,12 +282,20 @@ def cache_recording(task: Task) -> dict:
             ready = prepare(recording, signal, source.spec, source.crop)
             part |= _write(task, part, recording, ready)
     except Rejected as error:
-        part |= {"status": "quarantined", "code": error.code, "reason": error.reason}
+        part |= {"status": "quarantined", "code": error.code, "reason": "" if task.anonymous else error.reason}
     except (OSError, MemoryError) as error:
         if getattr(error, "errno", None) in store.DISK_FULL:
-            raise Failed(f"{task.directory}: {error.strerror}; free some space and run the same command again") from None
+            raise Failed(
+                f"{task.directory}: {error.strerror}; free some space and run the same command again"
+            ) from None
         code = "out_of_memory" if isinstance(error, MemoryError) else "unreadable"
-        return {**part, "status": "quarantined", "code": code, "reason": f"{type(error).__name__}: {error}", "files": []}
+        return {
+            **part,
+            "status": "quarantined",
+            "code": code,
+            "reason": f"{type(error).__name__}: {error}",
+            "files": [],
+        }
     try:
         store.write_part(part_path, part)
     except OSError as error:
@@ -283,7 +308,11 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
     stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(task.source.key).stem)[:40]
     shard = f"{store.key_hash(task.source.key)}-{stem}-{content[:6]}.npy"
     size, crc32 = store.write_shard(task.directory / "shards" / shard, ready.z_TC)
-    own = {n: [round(float(v), 5) for v in p] for n, p in recording.positions.items() if channels.canonical(n) not in channels.POSITIONS}
+    own = {
+        n: [round(float(v), 5) for v in p]
+        for n, p in recording.positions.items()
+        if channels.canonical(n) not in channels.POSITIONS
+    }
     return {
         "status": "cached",
         "shard": shard,
@@ -291,6 +320,8 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
         "crc32": crc32,
         "samples": len(ready.z_TC),
         "unit": recording.unit,
+        "source_rate_hz": recording.rates_hz[0],
+        "first_sample": recording.first_sample,
         "names": ready.names,
         "positions": own,
         "bad": ready.bad,
@@ -300,7 +331,10 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
         "segments": ready.segments,
         "scale": [float(v) for v in ready.scale_C],
         "offset": [float(v) for v in ready.offset_C],
-        "events": [[float(e.onset_s), float(e.duration_s), e.label, None if np.isnan(e.value) else e.value] for e in recording.events],
+        "events": [
+            [float(e.onset_s), float(e.duration_s), e.label, None if np.isnan(e.value) else e.value]
+            for e in recording.events
+        ],
         "columns": recording.columns,
         "notes": ready.notes,
     }
@@ -320,7 +354,10 @@ def source_files(source: Source) -> list[tuple[Path, tuple[int, int]]]:
 def source_rules(source: Source) -> dict:
     """What the data set's description adds to the signal options."""
     spec = asdict(source.spec)
-    return {"spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()}, "crop": source.crop and list(source.crop)}
+    return {
+        "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()},
+        "crop": source.crop and list(source.crop),
+    }
 
 
 def same_content(previous: dict, part: dict) -> bool:
@@ -348,7 +385,7 @@ def build(cfg: Config) -> dict | None:
     with _lock(cfg.cache, f"build-{rank}-of-{world}.lock" if world > 1 else "build.lock"):
         if world == 1:
             store.remove_stale_temporaries(cfg.cache)
-        parts, tasks = plan(found.sources, signal, directory, cfg.retry_quarantined)
+        parts, tasks = plan(found.sources, signal, directory, cfg, cfg.retry_quarantined)
         reused = sum(part["status"] == "cached" for part in parts.values())
         tasks = [t for t in tasks if int(store.key_hash(t.source.key), 16) % world == rank]
         if tasks:
@@ -360,9 +397,14 @@ def build(cfg: Config) -> dict | None:
             return None
         if world > 1 and not launched:
             quarantined = sum(parts[t.source.key]["status"] != "cached" for t in tasks)
-            return {"cache": str(cfg.cache), "share": cfg.share, "built": len(tasks) - quarantined, "quarantined": quarantined}
+            return {
+                "cache": str(cfg.cache),
+                "share": cfg.share,
+                "built": len(tasks) - quarantined,
+                "quarantined": quarantined,
+            }
         if launched:  # what the other ranks did is on disk; what none could read is tried here once more
-            parts, left = plan(found.sources, signal, directory, retry=False)
+            parts, left = plan(found.sources, signal, directory, cfg, retry=False)
             parts |= work(left, cfg)
         results = finalise(cfg, found, signal, directory, parts)
     results |= {"built": results["recordings"] - reused if tasks else 0, "reused": reused}
@@ -372,7 +414,9 @@ def build(cfg: Config) -> dict | None:
     return results
 
 
-def plan(sources: list[Source], signal: dict, directory: Path, retry: bool) -> tuple[dict[str, dict], list[Task]]:
+def plan(
+    sources: list[Source], signal: dict, directory: Path, cfg: Config, retry: bool
+) -> tuple[dict[str, dict], list[Task]]:
     """What is done already (part by key), and what is left to do; a changed source, rule or missing shard is to be done again."""
     parts, tasks, signal_hash = {}, [], store.digest(signal)
     for source in sources:
@@ -386,9 +430,9 @@ def plan(sources: list[Source], signal: dict, directory: Path, retry: bool) -> t
         elif part and not retry:
             parts[source.key] = part
         if source.key in parts and not _untouched(source, part):
-            tasks.append(Task(source, signal, directory, parts.pop(source.key)))
+            tasks.append(Task(source, signal, directory, parts.pop(source.key), cfg.anonymise))
         elif source.key not in parts:
-            tasks.append(Task(source, signal, directory, None))
+            tasks.append(Task(source, signal, directory, None, cfg.anonymise))
     return parts, tasks
 
 
@@ -414,22 +458,37 @@ def work(tasks: list[Task], cfg: Config) -> dict[str, dict]:
     workers = min(cfg.workers or os.cpu_count() or 1, max(1, int(pool.available_memory() // largest)), len(tasks) or 1)
     parts: dict[str, dict] = {}
     seconds, quarantined, total = 0.0, 0, sum(sizes.values())
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # inherited: parallel over recordings
+    os.environ.update(
+        OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1"
+    )  # inherited: parallel over recordings
     with tqdm(total=total, unit="B", unit_scale=True, desc="caching", disable=not tasks, mininterval=1.0) as bar:
         for task, result in pool.run(cache_recording, tasks, workers, cfg.timeout_s):
             if isinstance(result, pool.Crash):
-                result = {"key": task.source.key, "status": "quarantined", "code": result.code, "reason": result.reason, "files": []}
+                result = {
+                    "key": task.source.key,
+                    "status": "quarantined",
+                    "code": result.code,
+                    "reason": result.reason,
+                    "files": [],
+                }
             parts[task.source.key] = result
             quarantined += result["status"] == "quarantined"
             seconds += result.get("samples", 0) / task.signal["rate_hz"]
             bar.update(sizes[id(task)])
-            bar.set_postfix_str(f"{len(parts)}/{len(tasks)} recordings, {seconds / 3600:.2f} h, {quarantined} quarantined", refresh=False)
+            bar.set_postfix_str(
+                f"{len(parts)}/{len(tasks)} recordings, {seconds / 3600:.2f} h, {quarantined} quarantined",
+                refresh=False,
+            )
     return parts
 
 
 def finalise(cfg: Config, found: Discovery, signal: dict, directory: Path, parts: dict[str, dict]) -> dict:
     """Read the labels, write index, labels and quarantine from what is really on disk, and the manifest last."""
+    before = dict(parts)
     tables, head, results = manifest.assemble(found, parts, signal, directory.name, cfg.channel_labels, cfg.anonymise)
+    for key, part in parts.items():
+        if part is not before[key]:  # texts that could name people went
+            store.write_part(directory / "parts" / f"{store.key_hash(key)}.json", part)
     command_line = cfg.cache / "build.json"
     if not command_line.exists():
         store.write_atomic(command_line, store.canonical_json({"command": resume_command(cfg)}))
@@ -447,7 +506,10 @@ def finalise(cfg: Config, found: Discovery, signal: dict, directory: Path, parts
         raise
     stray = len(list(directory.glob("parts/*.json"))) - sum(1 for p in parts.values() if p.get("files"))
     if stray > 0:
-        print(f"{stray} recordings cached before are not among these sources: not in the manifest (--action gc deletes them)", file=sys.stderr)
+        print(
+            f"{stray} recordings cached before are not among these sources: not in the manifest (--action gc deletes them)",
+            file=sys.stderr,
+        )
     return {"cache": str(cfg.cache), **results}
 
 
@@ -539,7 +601,9 @@ def verify(cfg: Config) -> dict:
         for line in problems:
             print(line, file=sys.stderr)
         paths = shlex.join(dict.fromkeys(line.split(" ")[0] for line in problems))
-        raise Unusable(f"{len(problems)} damaged in {cfg.cache}: {problems[0]}; mend: rm -f {paths} && {store.build_command(cfg.cache)}")
+        raise Unusable(
+            f"{len(problems)} damaged in {cfg.cache}: {problems[0]}; mend: rm -f {paths} && {store.build_command(cfg.cache)}"
+        )
     counts = store.read_manifest(cfg.cache)["counts"]
     return {"cache": str(cfg.cache), "verified": True, **counts}
 
@@ -559,7 +623,11 @@ def status(cfg: Config) -> dict:
         raise Unusable(f"--cache {cfg.cache} does not exist")
     if results["complete"]:
         head = store.read_manifest(cfg.cache)
-        results |= {"counts": head["counts"], "signal": head["signal"], "unused_bytes": sum(p.stat().st_size for p in _unused(cfg.cache))}
+        results |= {
+            "counts": head["counts"],
+            "signal": head["signal"],
+            "unused_bytes": sum(p.stat().st_size for p in _unused(cfg.cache)),
+        }
     return results
 
 

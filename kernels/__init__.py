@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 
+import numpy as np
 import torch
 
 from kernels import reference
@@ -73,22 +74,25 @@ def gather_windows(
     others are under way by then. Raises UnreadableWindow, naming the window, on a failed or short read (out is then undefined),
     TypeError for a wrong dtype or device, and ValueError for a wrong shape, channel, offset or clip.
     """
-    if out is None:
-        out = torch.empty(*map_BC.shape, samples, dtype=dtype)
-    wanted = {"fds": (fds_B, torch.int64), "offsets": (offsets_B, torch.int64), "map": (map_BC, torch.int32)}
-    wanted |= {"file_channels": (file_channels_B, torch.int64), "out": (out, out.dtype)}
-    wanted |= {"gain": (gain_BC, torch.float32), "bias": (bias_BC, torch.float32)}
-    for name, (x, kind) in wanted.items():
-        if x is not None and (x.dtype != kind or x.device.type != "cpu"):
+    shape, dtype = (*map_BC.shape, samples), dtype if out is None else out.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"windows come as float32 or bfloat16, not {dtype}")
+    if out is None:  # NumPy asks for huge pages, torch doesn't: page faults would take longer than the reading
+        out = torch.from_numpy(np.empty(shape, np.float32 if dtype == torch.float32 else np.int16)).view(dtype)
+    int64, int32, float32 = torch.int64, torch.int32, torch.float32
+    kinds = (("fds", fds_B, int64), ("offsets", offsets_B, int64), ("file_channels", file_channels_B, int64))
+    kinds += (("map", map_BC, int32), ("gain", gain_BC, float32), ("bias", bias_BC, float32), ("out", out, dtype))
+    for name, x, kind in kinds:
+        if x is not None and (x.dtype != kind or not x.is_cpu):
             raise TypeError(f"{name} must be {kind} on the CPU, not {x.dtype} on {x.device}")
-    if out.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"windows come as float32 or bfloat16, not {out.dtype}")
-    if map_BC.ndim != 2 or any(x.shape != map_BC.shape for x in (gain_BC, bias_BC) if x is not None):
-        raise ValueError(f"map, gain and bias must be B x C alike, not {[tuple(x.shape) for x in (map_BC, gain_BC, bias_BC) if x is not None]}")
-    if any(x.shape != map_BC.shape[:1] for x in (fds_B, offsets_B, file_channels_B)):
-        raise ValueError(f"fds, offsets and file_channels must have one entry for each of the {len(map_BC)} windows")
-    if out.shape != (*map_BC.shape, samples) or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous and {(*map_BC.shape, samples)}, not {tuple(out.shape)}")
+    for name, x in (("map", map_BC), ("gain", gain_BC), ("bias", bias_BC)):
+        if x is not None and (x.ndim != 2 or x.shape != shape[:2]):
+            raise ValueError(f"{name} must be B x C, {shape[:-1]}, not {tuple(x.shape)}")
+    for name, x in (("fds", fds_B), ("offsets", offsets_B), ("file_channels", file_channels_B)):
+        if x.shape != shape[:1]:
+            raise ValueError(f"{name} must have one entry for each of the {shape[0]} windows, not {tuple(x.shape)}")
+    if out.shape != shape or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and {shape}, not {tuple(out.shape)}")
     if not clip > 0:
         raise ValueError(f"clip must be positive, not {clip}")
 

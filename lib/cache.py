@@ -79,28 +79,30 @@ class Cache:
         self.manifests = [store.read_manifest(p) for p in self.paths]
         self._check_alike()
         self.rate_hz: float = self.manifests[0]["signal"]["rate_hz"]
-        self.signal: dict = self.manifests[0]["signal"]  # rate, band, notch, reference, scale, … as the builder was told
+        self.signal: dict = self.manifests[0][
+            "signal"
+        ]  # rate, band, notch, reference, scale, … as the builder was told
         self.unit: str = self.manifests[0]["unit"]
         self.recordings: list[Recording] = []
         self.participants: dict[str, dict] = {}
         scales, montages, bad = [], [], []
-        for path, manifest in zip(self.paths, self.manifests):
+        for path, manifest in zip(self.paths, self.manifests, strict=False):
             self._load(path, manifest, scales, montages, bad)
         self._scales = np.concatenate(scales)
         self._channels = np.array([len(r.names) for r in self.recordings], np.int64)
         self._first_channel = np.concatenate([[0], np.cumsum(self._channels)])
         self._good = np.ones(len(self._scales), bool)
-        for first, indices in zip(self._first_channel, bad):
+        for first, indices in zip(self._first_channel, bad, strict=False):
             self._good[first + np.asarray(indices, np.int64)] = False
         self._montage = np.array([r.montage for r in self.recordings], np.int64)
         self._positions = np.full((len(montages), max(map(len, montages)), 3), np.nan, np.float32)
-        for table, positions in zip(self._positions, montages):
+        for table, positions in zip(self._positions, montages, strict=False):
             table[: len(positions)] = positions
         self._files = OpenFiles()
 
     def _check_alike(self) -> None:
         first = self.manifests[0]
-        for path, manifest in zip(self.paths[1:], self.manifests[1:]):
+        for path, manifest in zip(self.paths[1:], self.manifests[1:], strict=False):
             for name in ("rate_hz", "scale", "kind"):
                 ours, theirs = first["signal"][name], manifest["signal"][name]
                 if ours != theirs:
@@ -109,7 +111,11 @@ class Cache:
                     )
 
     def _load(self, path: Path, manifest: dict, scales: list, montages: list, bad: list) -> None:
-        tables = {name: entry for name, entry in manifest["files"].items() if name not in ("quarantine.json", "build.json", "events.npy")}
+        tables = {
+            name: entry
+            for name, entry in manifest["files"].items()
+            if name not in ("quarantine.json", "build.json", "events.npy")
+        }
         _refuse(path, store.table_problems(path, tables))
         index, labels = (json.loads((path / name).read_bytes()) for name in ("index.json", "labels.json"))
         data = path / manifest["directory"]
@@ -150,7 +156,7 @@ class Cache:
     def _events(self) -> tuple[np.ndarray, list[str]]:
         """All events of all caches sorted by recording, and their vocabulary."""
         tables, vocabulary, first = [], [], 0
-        for path, manifest in zip(self.paths, self.manifests):
+        for path, manifest in zip(self.paths, self.manifests, strict=False):
             _refuse(path, store.table_problems(path, {"events.npy": manifest["files"]["events.npy"]}))
             table = np.load(path / "events.npy").copy()
             labels = json.loads((path / "labels.json").read_bytes())
@@ -165,13 +171,18 @@ class Cache:
         """The events of one recording (row of `recordings`) in order of onset, all or those of one label."""
         table, vocabulary = self._events
         low, high = np.searchsorted(table["recording"], [recording, recording + 1])
-        events = (Event(float(e["onset_s"]), float(e["duration_s"]), vocabulary[e["label"]], float(e["value"])) for e in table[low:high])
+        events = (
+            Event(float(e["onset_s"]), float(e["duration_s"]), vocabulary[e["label"]], float(e["value"]))
+            for e in table[low:high]
+        )
         return [e for e in events if label is None or e.label == label]
 
     def intervals(self, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Recording, start and stop (s) of every event of one label with a duration, overlapping ones of a recording merged."""
         table, vocabulary = self._events
-        rows = table[np.isin(table["label"], [i for i, v in enumerate(vocabulary) if v == label]) & (table["duration_s"] > 0)]
+        rows = table[
+            np.isin(table["label"], [i for i, v in enumerate(vocabulary) if v == label]) & (table["duration_s"] > 0)
+        ]
         return merge(rows["recording"], rows["onset_s"], rows["onset_s"] + rows["duration_s"])
 
     def labels(self) -> list[str]:
@@ -182,16 +193,27 @@ class Cache:
         """A value per recording, None where missing: session, task, run, dataset, split, a column of the source, or a participant's trait."""
         values = []
         for r in self.recordings:
-            own = {"session": r.session, "task": r.task, "run": r.run, "dataset": r.dataset, "split": r.split, "subject": r.subject}
+            own = {
+                "session": r.session,
+                "task": r.task,
+                "run": r.run,
+                "dataset": r.dataset,
+                "split": r.split,
+                "subject": r.subject,
+            }
             value = r.columns.get(name, self.participants.get(r.subject, {}).get(name, own.get(name)))
             values.append(None if value == "" else value)
         return values
 
     def columns(self) -> list[str]:
         """The names `column` knows beyond session, task, run, dataset, split and subject."""
-        return sorted({n for r in self.recordings for n in r.columns} | {n for p in self.participants.values() for n in p})
+        return sorted(
+            {n for r in self.recordings for n in r.columns} | {n for p in self.participants.values() for n in p}
+        )
 
-    def windows(self, split: str | None = None, window_s: float = 4.0, stride_s: float = 2.0, recordings=None) -> Windows:
+    def windows(
+        self, split: str | None = None, window_s: float = 4.0, stride_s: float = 2.0, recordings=None
+    ) -> Windows:
         """
         All windows of one split (or of the given rows of `recordings`); any length and stride, no rebuild.
 
@@ -203,7 +225,9 @@ class Cache:
         windows = Windows(segments, self._whole(window_s, "window_s"), self._whole(stride_s, "stride_s"), self)
         if not len(windows):
             have = {s: sum(r.split == s for r in self.recordings) for s in ("train", "val", "test")}
-            raise Unusable(f"no window of {window_s} s in split {split or 'all'} of {', '.join(map(str, self.paths))} (recordings: {have})")
+            raise Unusable(
+                f"no window of {window_s} s in split {split or 'all'} of {', '.join(map(str, self.paths))} (recordings: {have})"
+            )
         return windows
 
     def _whole(self, seconds: float, name: str) -> int:
@@ -227,7 +251,9 @@ class Cache:
         good_BC = real_BC & self._good[row_BC]
         gain_BC = bias_BC = None
         if unit != "model":
-            gain_BC, bias_BC = (torch.from_numpy(np.where(good_BC, self._scales[row_BC, i], 0).astype(np.float32)) for i in (0, 1))
+            gain_BC, bias_BC = (
+                torch.from_numpy(np.where(good_BC, self._scales[row_BC, i], 0).astype(np.float32)) for i in (0, 1)
+            )
         with self._files.open([self.recordings[i].shard for i in recording_B]) as fd_B:
             try:
                 x_BCT = kernels.gather_windows(
@@ -235,13 +261,16 @@ class Cache:
                     torch.from_numpy(store.NPY_HEADER_BYTES + start_B * count_B * 2),
                     torch.from_numpy(count_B),
                     torch.from_numpy(np.where(good_BC, channel_C, -1).astype(np.int32)),
-                    samples,
                     gain_BC,
                     bias_BC,
+                    samples,
                     CLIP_SD if unit == "model" else float("inf"),
                 )
-            except OSError as error:
-                raise Unusable(f"{error}; one of {len(set(recording_B))} shards of {self.paths[0]} changed under the reader") from error
+            except kernels.UnreadableWindow as error:
+                shard = self.recordings[recording_B[error.window]].shard
+                raise Unusable(
+                    f"{shard}: {error}; the cache changed under the reader: verify it, then build it again"
+                ) from error
         positions_BC3 = np.zeros((*good_BC.shape, 3), np.float32)
         width = min(self._positions.shape[1], len(channel_C))
         positions_BC3[:, :width] = self._positions[self._montage[recording_B], :width]
@@ -255,7 +284,9 @@ class OpenFiles:
 
     def __init__(self):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < 8192 <= hard or (hard != resource.RLIM_INFINITY and soft < hard):  # commonly 1,024, less than two large batches
+        if soft < 8192 <= hard or (
+            hard != resource.RLIM_INFINITY and soft < hard
+        ):  # commonly 1,024, less than two large batches
             soft = min(hard, 8192) if hard != resource.RLIM_INFINITY else 8192
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         self.capacity = max(64, soft // 2)
@@ -273,7 +304,9 @@ class OpenFiles:
                 try:
                     self._fds[path] = os.open(path, os.O_RDONLY)
                 except OSError as error:
-                    raise Unusable(f"{path}: {error.strerror}; the cache changed under the reader: build it again") from error
+                    raise Unusable(
+                        f"{path}: {error.strerror}; the cache changed under the reader: build it again"
+                    ) from error
             yield np.array([self._fds[path] for path in paths], np.int64)
             while len(self._fds) > self.capacity:
                 os.close(self._fds.popitem(last=False)[1])

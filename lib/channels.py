@@ -20,7 +20,9 @@ from lib.errors import Rejected
 
 def _load_positions() -> dict[str, tuple[float, float, float]]:
     rows = (Path(__file__).parent / "electrodes.tsv").read_text().splitlines()[1:]
-    return {name: (float(x) / 1000, float(y) / 1000, float(z) / 1000) for name, x, y, z in (r.split("\t") for r in rows)}
+    return {
+        name: (float(x) / 1000, float(y) / 1000, float(z) / 1000) for name, x, y, z in (r.split("\t") for r in rows)
+    }
 
 
 POSITIONS = _load_positions()

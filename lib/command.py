@@ -31,7 +31,11 @@ _out = None  # the real standard output while `run` keeps everything else off it
 
 
 def run(
-    main: Callable[[typing.Any], dict | None], config: type, doc: str, presets: dict[str, dict] | None = None
+    main: Callable[[typing.Any], dict | None],
+    config: type,
+    doc: str,
+    presets: dict[str, dict] | None = None,
+    saved: Callable[[typing.Any], typing.Any] | None = None,
 ) -> int:
     """
     Parse sys.argv into `config`, call `main` and return the exit status.
@@ -43,7 +47,7 @@ def run(
     """
     prog = Path(sys.argv[0]).name
     try:
-        cfg = parse(config, sys.argv[1:], doc, presets)
+        cfg = parse(config, sys.argv[1:], doc, presets, saved)
         with _only_results_on_stdout():
             results = main(cfg)
             if results is not None:
@@ -65,12 +69,19 @@ def emit(results: dict) -> None:
     print(json_line(results), file=_out or sys.stdout, flush=True)
 
 
-def parse(config: type, args: Sequence[str], doc: str = "", presets: dict[str, dict] | None = None) -> typing.Any:
+def parse(
+    config: type,
+    args: Sequence[str],
+    doc: str = "",
+    presets: dict[str, dict] | None = None,
+    saved: Callable[[typing.Any], typing.Any] | None = None,
+) -> typing.Any:
     """
     An instance of the dataclass `config`: the defaults of the preset named by `--preset` (field `preset`), then the flags.
 
     Field names become flags and trailing comments their help, by tyro. `none` stands for None where a field allows it.
-    Raises Unusable for flags that don't parse, and SystemExit after `--help`.
+    `saved(cfg)` gives the configuration of the run that `--resume` goes on with: its values are the defaults then, and any other
+    value is an error. Raises Unusable for flags that don't parse, and SystemExit after `--help`.
     """
     args = _none_by_any_case(config, args)
     default = config()
@@ -78,6 +89,20 @@ def parse(config: type, args: Sequence[str], doc: str = "", presets: dict[str, d
         names = [b for a, b in itertools.pairwise(args) if a == "--preset"]
         names += [a.removeprefix("--preset=") for a in args if a.startswith("--preset=")]
         default = dataclasses.replace(default, **presets.get(names[-1] if names else default.preset, {}))
+    cfg = _parse_flags(config, args, doc, default)
+    if saved is None or not cfg.resume:
+        return cfg
+    kept = saved(cfg)
+    cfg = _parse_flags(config, args, doc, kept)
+    for name in (f.name for f in dataclasses.fields(config) if f.name != "device"):
+        ours, theirs = getattr(kept, name), getattr(cfg, name)
+        if ours != theirs:
+            flag = f"--{name.replace('_', '-')}"
+            raise Unusable(f"the run to resume has {flag} {ours}, not {theirs}: leave {flag} out, or start a new run")
+    return cfg
+
+
+def _parse_flags(config: type, args: Sequence[str], doc: str, default: typing.Any) -> typing.Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -110,7 +135,7 @@ def _none_by_any_case(config: type, args: Sequence[str]) -> list[str]:
     optional = {
         f"--{name.replace('_', '-')}"
         for name, hint in typing.get_type_hints(config).items()
-        if isinstance(hint, types.UnionType | typing._UnionGenericAlias) and type(None) in typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
     }
     flag, out = "", []
     for arg in args:

@@ -24,6 +24,7 @@ from lib.recordings import Event
 
 SEIZURE_TYPES = frozenset("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())  # TUSZ v2.0.x
 BACKGROUND = "bckg"
+TUSZ_COLUMNS = ("channel", "start_time", "stop_time", "label", "confidence")
 MISSING = frozenset(("", "n/a", "na", "nan", "#n/a"))
 NO_NUMBER = MISSING | {"none", "null", "unknown", "?", "-"}  # missing too, but only in a column of numbers
 TRAITS = (
@@ -95,22 +96,29 @@ def decode(path: Path) -> str:
         return data.decode("latin-1")
 
 
+def _lines(text: str) -> list[tuple[int, str]]:
+    """Lines that aren't blank, with their numbers; not by str.splitlines, which also cuts at latin-1's 0x85."""
+    return [(i, line) for i, line in enumerate(re.split(r"\r\n|\r|\n", text), 1) if line.strip()]
+
+
 def _split(line: str, delimiter: str) -> list[str]:
     """The cells of one line; quotes are honoured within it only, so that a stray one can't swallow the lines after it."""
-    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
+    cells = next(csv.reader([line], delimiter=delimiter)) if '"' in line and "\0" not in line else line.split(delimiter)
+    return [cell.strip() for cell in cells]
 
 
 def _delimiter(line: str) -> str:
+    """A tab if there is one, else the more frequent of semicolon and comma."""
     return max("\t;,", key=lambda c: (line.count(c) > 0, c == "\t", line.count(c)))
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Column names and rows (line number, cells) of a delimited file; tab, semicolon or comma by what the header has. Raises OSError."""
-    lines = [(number, line) for number, line in enumerate(decode(path).splitlines(), 1) if line.strip()]
+    lines = _lines(decode(path))
     if not lines:
         return [], []
     delimiter = _delimiter(lines[0][1])
-    (_, names), *rows = [(number, _split(line, delimiter)) for number, line in lines]
+    (_, names), *rows = [(i, _split(line, delimiter)) for i, line in lines]
     return names, rows
 
 
@@ -128,10 +136,10 @@ def has_decimal_comma(cells: list[str]) -> bool:
 
 
 def _report(path: Path, rejected: list[str], rows: int) -> list[str]:
-    more = f" … and {len(rejected) - 3} more" if len(rejected) > 3 else ""
-    return (
-        [f"{path.name}: {len(rejected)} of {rows} rows left out: {'; '.join(rejected[:3])}{more}"] if rejected else []
-    )
+    if not rejected:
+        return []
+    more = f"; {len(rejected) - 3} more" if len(rejected) > 3 else ""
+    return [f"table rows left out: {len(rejected)} of {rows} in {path.name}: {'; '.join(rejected[:3])}{more}"]
 
 
 # --- seizures ---------------------------------------------------------------------------------------------------------------------
@@ -171,79 +179,68 @@ def read_csv_channels(path: Path, duration_s: float) -> SeizureLabels:
 
 def _read_tusz(path: Path, duration_s: float, per_channel: bool) -> SeizureLabels:
     try:
-        text = decode(path)
+        lines = _lines(decode(path))
     except OSError as error:
         raise Rejected("labels_missing", f"{path.name}: {error.strerror or error}") from error
-    lines = [(number_, line) for number_, line in enumerate(text.splitlines(), 1) if line.strip()]
     comments = [line.lstrip("# ") for _, line in lines if line.lstrip().startswith("#")]
-    lines = [(number_, line) for number_, line in lines if not line.lstrip().startswith("#")]
+    lines = [(i, line) for i, line in lines if not line.lstrip().startswith("#")]
     delimiter = _delimiter(lines[0][1]) if lines else ","
-    rows = [(number_, _split(line, delimiter)) for number_, line in lines]
-
-    columns = ["channel", "start_time", "stop_time", "label", "confidence"]
-    if rows and "label" in (
-        names := [cell.lower() for cell in rows[0][1]]
-    ):  # without a header row TUSZ's own order holds
-        columns, rows = names, rows[1:]
-        if missing := {"channel", "start_time", "stop_time"} - set(columns):
-            raise Rejected("labels_unreadable", f"{path.name}: no column {', '.join(sorted(missing))}")
+    rows = [(i, _split(line, delimiter)) for i, line in lines]
+    columns = list(TUSZ_COLUMNS)  # the order that holds without a header row
+    if rows and "label" in map(str.lower, rows[0][1]):
+        columns, rows = [cell.lower() for cell in rows[0][1]], rows[1:]
+    if missing := ", ".join(sorted(set(TUSZ_COLUMNS[:4]) - set(columns))):
+        raise Rejected("labels_unreadable", f"{path.name} has no column {missing}")
     if not rows:
-        raise Rejected(
-            "labels_empty", f"{path.name} has no rows; even a recording without seizures has one of background"
-        )
+        raise Rejected("labels_empty", f"{path.name} has no rows; without a seizure it would have one of background")
 
-    labels = SeizureLabels([], _compare_header(path, comments, duration_s))
+    found = SeizureLabels([], _compare_header(path, comments, duration_s))
     lost, clipped = 0, 0
-    for number_, cells in rows:
+    for i, cells in rows:
         while len(cells) > len(columns) and not cells[-1]:  # trailing delimiters say nothing
             cells.pop()
-        row = dict(zip(columns, cells))
+        row = dict(zip(columns, cells, strict=False))
         label = row.get("label", "").lower()
         start, stop = (number(row.get(name, ""), delimiter != ",") for name in ("start_time", "stop_time"))
-        wrong = None
+        where = f"{path.name} line {i}"
         if len(cells) != len(columns):
-            wrong = f"{len(cells)} fields, expected {len(columns)}"
+            found.rows_rejected.append(f"line {i}: {len(cells)} fields, expected {len(columns)}")
         elif label not in SEIZURE_TYPES and label != BACKGROUND:
-            raise Rejected("label_unknown", f"{path.name} line {number_}: label {row['label']!r}")
+            raise Rejected("label_unknown", f"{where}: label {row['label']!r}")
         elif not per_channel and row["channel"].upper() != "TERM":
-            raise Rejected(
-                "labels_per_channel",
-                f"{path.name} line {number_}: channel {row['channel']}, expected TERM; it labels channels",
-            )
-        elif start is None or stop is None:
-            wrong = f"start {row['start_time']!r}, stop {row['stop_time']!r}"
-        elif stop <= start:
-            wrong = f"stop {stop:g} is not after start {start:g}"
+            raise Rejected("labels_per_channel", f"{where}: channel {row['channel']}, expected TERM")
+        elif start is None or stop is None or stop <= start:
+            found.rows_rejected.append(f"line {i}: start {row['start_time']}, stop {row['stop_time']}")
         elif start >= duration_s or stop <= 0:
             raise Rejected(
-                "label_out_of_range",
-                f"{path.name} line {number_}: {start:g} to {stop:g} s lies outside the recording of {duration_s:g} s",
+                "label_out_of_range", f"{where}: {start:g} to {stop:g} s, but the recording lasts {duration_s:g} s"
             )
-        if wrong:
-            labels.rows_rejected.append(f"line {number_}: {wrong}")
-            lost += label != BACKGROUND
+        else:
+            clipped += start < 0 or stop > duration_s
+            found.intervals += [(max(start, 0.0), min(stop, duration_s))] * (label != BACKGROUND)
             continue
-        clipped += start < 0 or stop > duration_s
-        if label != BACKGROUND:
-            labels.intervals.append((max(start, 0.0), min(stop, duration_s)))
-    if (lost and not labels.intervals) or len(labels.rows_rejected) == len(rows):
-        raise Rejected("labels_rejected", f"{path.name}: {'; '.join(labels.rows_rejected[:3])}")
-    labels.intervals = merge(labels.intervals)
+        lost += label != BACKGROUND  # what a row without a label was, nobody knows
+    if (lost and not found.intervals) or len(found.rows_rejected) == len(rows):
+        raise Rejected("labels_rejected", f"{path.name}: {'; '.join(found.rows_rejected[:3])}")
+    found.intervals = merge(found.intervals)
     if clipped:
-        labels.notes.append(f"{path.name}: {clipped} rows clipped to the recording of {duration_s:g} s")
-    labels.notes += _report(path, labels.rows_rejected, len(rows))
-    return labels
+        found.notes.append(f"seizure rows clipped to the recording: {clipped} in {path.name}, of {duration_s:g} s")
+    found.notes += _report(path, found.rows_rejected, len(rows))
+    return found
 
 
 def _compare_header(path: Path, comments: list[str], duration_s: float) -> list[str]:
     """Notes where the comments of a TUSZ file speak of another recording: length more than 1 s apart, or another name."""
-    stated = {name.strip().lower(): value.strip() for name, mark, value in (c.partition("=") for c in comments) if mark}
+    pairs = (comment.partition("=") for comment in comments)
+    stated = {name.strip().lower(): value.strip() for name, mark, value in pairs if mark}
     notes = []
     seconds = number(stated.get("duration", "").lower().removesuffix("secs"))
     if seconds is not None and abs(seconds - duration_s) > 1:
-        notes.append(f"{path.name}: labelled for {seconds:g} s, but the recording lasts {duration_s:g} s")
-    if stated.get("bname", path.stem) != path.stem:
-        notes.append(f"{path.name}: labelled for {stated['bname']}")
+        notes.append(
+            f"labels and recording differ in length: {path.name} is for {seconds:g} s, the recording lasts {duration_s:g} s"
+        )
+    if (name := stated.get("bname") or path.stem) != path.stem:
+        notes.append(f"labels are of another recording by name: {path.name} is for {name}")
     return notes
 
 
@@ -260,10 +257,10 @@ def read_events_tsv(path: Path) -> tuple[list[Event], list[str]]:
     try:
         names, rows = read_table(path)
     except OSError as error:
-        return [], [f"{path.name}: {error.strerror or error}; no events"]
+        return [], [f"events file not read: {path.name}: {error.strerror or error}"]
     names = [name.lower() for name in names]
     if "onset" not in names:
-        return [], [f"{path.name}: no column `onset`; no events"]
+        return [], [f"events file without onset column: {path.name} has {', '.join(names) or 'nothing'}"]
     table = {
         name: [cells[i] if i < len(cells) else "" for _, cells in rows] for i, name in reversed([*enumerate(names)])
     }
@@ -293,29 +290,13 @@ def read_events_tsv(path: Path) -> tuple[list[Event], list[str]]:
     return sorted(events, key=lambda e: e.onset_s), _report(path, rejected, len(rows))
 
 
-def clip_events(events: list[Event], duration_s: float) -> tuple[list[Event], list[str]]:
-    """Events cut to [0, duration_s]; those wholly outside are left out. The notes count both."""
-    inside = [e for e in events if 0 <= e.onset_s < duration_s or (e.onset_s < 0 < e.onset_s + e.duration_s)]
-    clipped = []
-    for e in inside:
-        start, stop = max(e.onset_s, 0.0), min(e.onset_s + e.duration_s, duration_s)
-        clipped.append(Event(start, stop - start, e.label, e.value) if stop - start < e.duration_s else e)
-    notes = []
-    if cut := sum(a is not b for a, b in zip(inside, clipped)):
-        notes.append(f"{cut} of {len(events)} events clipped to the recording of {duration_s:g} s")
-    if outside := len(events) - len(inside):
-        notes.append(
-            f"label_out_of_range: {outside} of {len(events)} events lie outside the recording of {duration_s:g} s"
-        )
-    return clipped, notes
-
-
 def normalise_events(events: list[Event], task: str = "", duration_s: float = math.inf) -> list[Event]:
     """The events and, among them in order of onset, those of the common vocabulary (see the top of this file) that they imply."""
     events = sorted(events, key=lambda e: e.onset_s)
     implied = [*_eyes(events, duration_s), *_movies(events, task, duration_s), *_trials(events), *_seizures(events)]
-    known = {(e.label, round(e.onset_s, 3)) for e in events}
-    return sorted(events + [e for e in implied if (e.label, round(e.onset_s, 3)) not in known], key=lambda e: e.onset_s)
+    known = {(e.label, round(e.onset_s, 3), round(e.duration_s, 3)) for e in events}
+    new = [e for e in implied if (e.label, round(e.onset_s, 3), round(e.duration_s, 3)) not in known]
+    return sorted(events + new, key=lambda e: e.onset_s)
 
 
 def _eyes(events: list[Event], duration_s: float) -> list[Event]:
@@ -325,13 +306,10 @@ def _eyes(events: list[Event], duration_s: float) -> list[Event]:
     The last one has no end of its own: it lasts as long as the longest before it of the same state, so that whatever follows the task
     isn't taken for rest. The duration of an instruction is that of the voice, not of the state.
     """
-    states = [
-        Event(e.onset_s, e.duration_s, s) for e in events if e.duration_s > 0 and (s := EYE_STATES.get(_plain(e.label)))
-    ]
+    timed = [e for e in events if e.duration_s > 0 and _plain(e.label) in EYE_STATES]
+    states = [Event(e.onset_s, e.duration_s, EYE_STATES[_plain(e.label)]) for e in timed]
     cues = [
-        (e.onset_s, EYE_CUES.get(_plain(e.label)))
-        for e in events
-        if _plain(e.label) in EYE_CUES or _plain(e.label) in EYE_ENDS
+        (e.onset_s, EYE_CUES.get(label)) for e in events if (label := _plain(e.label)) in EYE_CUES or label in EYE_ENDS
     ]
     known: dict[str, float] = {}
     for i, (onset, state) in enumerate(cues):
@@ -349,21 +327,17 @@ def _plain(label: str) -> str:
 def _movies(events: list[Event], task: str, duration_s: float) -> list[Event]:
     """From video_start to the next video_stop; where that is missing, a film of known length lasts that long, others are not guessed."""
     name = next((movie for movie in MOVIES if movie.lower() == task.lower()), task)
-    shown = [
-        Event(e.onset_s, e.duration_s, f"movie:{task}")
-        for e in events
-        if task and e.duration_s > 0 and _plain(e.label) == "movie"
-    ]
+    given = [e for e in events if name and e.duration_s > 0 and _plain(e.label) == "movie"]
+    shown = [Event(e.onset_s, e.duration_s, f"movie:{name}") for e in given]
     if name not in MOVIES and not re.search("movie|video|film", task, re.IGNORECASE):
         return shown  # HBN's surroundSupp carries stray video triggers
     starts = [e.onset_s for e in events if _plain(e.label) == "video_start"]
-    for start, following in zip(starts, [*starts[1:], math.inf]):
-        stop = next(
-            (e.onset_s for e in events if _plain(e.label) == "video_stop" and start < e.onset_s <= following), None
-        )
+    stops = [e.onset_s for e in events if _plain(e.label) == "video_stop"]
+    for start, following in zip(starts, [*starts[1:], math.inf], strict=True):
+        stop = next((t for t in stops if start < t <= following), None)
         if stop is None and name in MOVIES:
             stop = min(start + MOVIES[name], following, duration_s)
-        if stop is not None:
+        if stop is not None and stop > start:
             shown.append(Event(start, stop - start, f"movie:{name}"))
     return shown
 
@@ -374,15 +348,14 @@ def _trials(events: list[Event]) -> list[Event]:
     targets = [e for e in events if e.label in ("left_target", "right_target")]
     presses = [e.onset_s for e in events if e.label in ("left_buttonPress", "right_buttonPress")]
     trials = []
-    for start, following in zip(starts, [*starts[1:], math.inf]):
+    for start, following in zip(starts, [*starts[1:], math.inf], strict=False):
         target = next((e for e in targets if start <= e.onset_s < following), None)
         if target is None:
             continue
         press = next((p for p in presses if target.onset_s < p < following), None)
-        response_s = target.value if press is None else press - target.onset_s
-        trials.append(Event(target.onset_s, 0.0, "stimulus", response_s))
+        trials.append(Event(target.onset_s, 0.0, "stimulus", math.nan if press is None else press - target.onset_s))
         if press is not None:
-            trials.append(Event(press, 0.0, "response", response_s))
+            trials.append(Event(press, 0.0, "response", press - target.onset_s))
     return trials
 
 
@@ -413,10 +386,11 @@ def read_participants(
     except OSError as error:
         raise Unusable(f"{path}: {error.strerror or error}") from error
     lower = [name.lower() for name in names]
-    stated = columns is not None
     if columns is None:
         columns = {
-            low if low in TRAITS else name: name for name, low in zip(names, lower) if name and low != id_column.lower()
+            low if low in TRAITS else name: name
+            for name, low in zip(names, lower, strict=True)
+            if name and low != id_column.lower()
         }
     for name in (id_column, *columns.values()):
         if name.lower() not in lower:
@@ -426,13 +400,11 @@ def read_participants(
     place = lower.index(id_column.lower())
     pattern = re.compile(id_pattern, re.IGNORECASE)
     for line, cells in rows:
-        found = pattern.fullmatch(cells[place]) if place < len(cells) and cells[place].lower() not in MISSING else None
-        ids.append(found["subject"] if found else None)
-        if not found or any(cells[len(names) :]):
-            wrong.append(
-                f"line {line}: {len(cells)} fields, {id_column} {cells[place] if place < len(cells) else ''!r}"
-            )
-            ids[-1] = None
+        id_ = cells[place] if place < len(cells) else ""
+        found = pattern.fullmatch(id_) if id_.lower() not in MISSING else None
+        right = found and not any(cells[len(names) :])
+        ids.append(found["subject"] if right else None)
+        wrong += [] if right else [f"line {line}: {len(cells)} fields, {id_column} {id_!r}"]
     notes += _report(path, wrong, len(rows))
 
     participants: dict[str, dict[str, float | str]] = {id_: {} for id_ in ids if id_ is not None}
@@ -440,20 +412,19 @@ def read_participants(
         i = lower.index(theirs.lower())
         cells = [row[i] if i < len(row) else "" for _, row in rows]
         values, note = _typed(ours, [((renames or {}).get(ours) or {}).get(c, c) for c in cells], _levels(path, theirs))
-        notes += [f"{path.name}: {theirs}: {note}"] if note else []
+        notes += [f"participants values left out: {theirs} in {path.name}: {note}"] if note else []
         said: dict[str, set] = {}
-        for id_, value in zip(ids, values):
+        for id_, value in zip(ids, values, strict=True):
             if id_ is not None and value is not None:
                 said.setdefault(id_, set()).add(value)
         for id_, all_said in said.items():
             if len(all_said) == 1:
                 participants[id_][ours] = all_said.pop()
             else:
-                notes.append(
-                    f"{path.name}: {theirs} of {id_} is given as {' and '.join(map(str, sorted(all_said)))}; left missing"
-                )
-    if not stated and not participants:
-        notes.append(f"{path.name}: no participants")
+                told = " and ".join(map(str, sorted(all_said)))
+                notes.append(f"participants contradict themselves: {theirs} of {id_} in {path.name} is {told}")
+    if not participants:
+        notes.append(f"participants table without participants: {path.name}")
     return participants, notes
 
 
@@ -461,10 +432,10 @@ def _typed(name: str, cells: list[str], levels: dict[str, str]) -> tuple[list[fl
     """The values of one participants column, None where missing, and a note on those that had to be left out."""
     comma = has_decimal_comma(cells)
     numbers = [number(cell, comma) for cell in cells]
-    words = {c for c, n in zip(cells, numbers) if n is None and c.lower() not in NO_NUMBER}
+    words = {c for c, n in zip(cells, numbers, strict=True) if n is None and c.lower() not in NO_NUMBER}
     if name == "sex":
         values = [SEXES.get(levels.get(c, c).lower()) for c in cells]
-        unknown = {c for c, v in zip(cells, values) if v is None and c.lower() not in MISSING}
+        unknown = {c for c, v in zip(cells, values, strict=True) if v is None and c.lower() not in MISSING}
         return values, f"{', '.join(sorted(unknown))} says neither M nor F; left missing" if unknown else ""
     if name in TRAITS or not words and any(n is not None for n in numbers):
         return numbers, f"{', '.join(sorted(words)[:3])} is no number; left missing" if words else ""

@@ -54,20 +54,26 @@ def assemble(
     )
     participants = {f"{d}/{s}": dict(sorted(found.participants.get((d, s), {}).items())) for d, s in sorted(split_of)}
     if anonymous:
-        kept = Pseudonyms.common_events(kept)
+        kept = Pseudonyms.without_names(kept, parts)
         quarantine = [{**q, "reason": ""} for q in quarantine]
     kept.sort(key=lambda item: item[0].key)
 
-    montages: dict[str, dict] = {}
+    montages: list[dict] = []
+    orders: dict[str, int] = {}
     index, rows, recording_labels, vocabulary = [], [], {}, sorted({e.label for _, _, events in kept for e in events})
     place = {label: i for i, label in enumerate(vocabulary)}
     for number, (source, part, events) in enumerate(kept):
         montage = _montage(part)
-        order = list(montages.setdefault(store.digest(montage), montage) and montages).index(store.digest(montage))
+        order = orders.setdefault(store.digest(montage), len(orders))
+        if order == len(montages):
+            montages.append(montage)
         index.append(
             {
                 "key": source.key,
-                **{name: part[name] for name in ("shard", "bytes", "crc32", "samples", "segments", "bad", "interpolated")},
+                **{
+                    name: part[name]
+                    for name in ("shard", "bytes", "crc32", "samples", "segments", "bad", "interpolated")
+                },
                 "montage": order,
             }
         )
@@ -80,15 +86,23 @@ def assemble(
         }
         rows += [(number, e.onset_s, e.duration_s, place[e.label], e.value) for e in events]
     events_table = np.array(rows, store.EVENT)
-    scales = np.array([pair for _, part, _ in kept for pair in zip(part["scale"], part["offset"], strict=True)], np.float32)
+    scales = np.array(
+        [pair for _, part, _ in kept for pair in zip(part["scale"], part["offset"], strict=True)], np.float32
+    )
 
-    label_text = {"recordings": recording_labels, "participants": {s: _plain(p) for s, p in participants.items()}, "vocabulary": vocabulary}
+    label_text = {
+        "recordings": recording_labels,
+        "participants": {s: _plain(p) for s, p in participants.items()},
+        "vocabulary": vocabulary,
+    }
     tables = {
-        "index.json": store.canonical_json({"montages": list(montages.values()), "recordings": index}),
+        "index.json": store.canonical_json({"montages": montages, "recordings": index}),
         "labels.json": store.canonical_json(label_text),
         "events.npy": b"".join(bytes(b) for b in store.npy_bytes(events_table)),
         "scales.npy": b"".join(bytes(b) for b in store.npy_bytes(scales.reshape(-1, 2))),
-        "quarantine.json": json.dumps(sorted(quarantine, key=lambda q: q["key"]), indent=1, ensure_ascii=False).encode(),
+        "quarantine.json": json.dumps(
+            sorted(quarantine, key=lambda q: q["key"]), indent=1, ensure_ascii=False
+        ).encode(),
     }
     units = sorted({part["unit"] for _, part, _ in kept})
     results = {
@@ -145,8 +159,11 @@ def recording_events(source: Source, part: dict, rate_hz: float, channel_labels:
     Sidecar files win over what the recording itself carries, because they are what data sets mend. Raises Rejected.
     """
     duration_s = max(onset + (stop - start) / rate_hz for start, stop, onset in part["segments"])
-    events = [Event(onset, length, label, math.nan if value is None else value) for onset, length, label, value in part["events"]]
-    events, remarks = _sidecar_events(source, events, duration_s, channel_labels)
+    events = [
+        Event(onset, length, label, math.nan if value is None else value)
+        for onset, length, label, value in part["events"]
+    ]
+    events, remarks = _sidecar_events(source, part, events, duration_s, channel_labels)
     renamed = [Event(e.onset_s, e.duration_s, source.event_names.get(e.label, e.label), e.value) for e in events]
     placed = []
     for event in labels.normalise_events(renamed, source.task, duration_s):
@@ -158,7 +175,9 @@ def recording_events(source: Source, part: dict, rate_hz: float, channel_labels:
     return sorted(placed, key=lambda e: (e.onset_s, e.label, e.duration_s)), remarks
 
 
-def _sidecar_events(source: Source, own: list[Event], duration_s: float, channel_labels: bool) -> tuple[list[Event], list[str]]:
+def _sidecar_events(
+    source: Source, part: dict, own: list[Event], duration_s: float, channel_labels: bool
+) -> tuple[list[Event], list[str]]:
     """A recording's own events, replaced by its events.tsv or event file where there is one, and the seizures of its TUSZ label file."""
     remarks: list[str] = []
     seizure_files = [p for p in source.label_files if p.name.lower().endswith((".csv_bi", ".csv"))]
@@ -179,7 +198,7 @@ def _sidecar_events(source: Source, own: list[Event], duration_s: float, channel
         if name.endswith("_events.tsv"):
             events, notes = labels.read_events_tsv(path)
         elif name.endswith(("-eve.fif", "_eve.fif", "-eve.fif.gz", ".eve")):
-            events, notes = recordings.read_event_file(source.path, path), []
+            events, notes = recordings.read_event_file(path, part["source_rate_hz"], part["first_sample"]), []
         else:
             continue
         own, remarks = events or own, remarks + notes
@@ -207,16 +226,26 @@ def to_signal_time(event: Event, segments: list, rate_hz: float) -> Event | None
     if event.duration_s <= 0:
         return Event(round(start_s, 6), 0.0, event.label, event.value) if inside else None
     stop_s, _ = place(event.onset_s + event.duration_s)
-    return Event(round(start_s, 6), round(stop_s - start_s, 6), event.label, event.value) if stop_s - start_s > 1e-9 else None
+    return (
+        Event(round(start_s, 6), round(stop_s - start_s, 6), event.label, event.value)
+        if stop_s - start_s > 1e-9
+        else None
+    )
 
 
-def count_windows(index: list[dict], events: np.ndarray, vocabulary: list[str], rate_hz: float, rows=None) -> dict[str, int]:
+def count_windows(
+    index: list[dict], events: np.ndarray, vocabulary: list[str], rate_hz: float, rows=None
+) -> dict[str, int]:
     """How many windows are seizure throughout, partly, or not at all."""
     rows = range(len(index)) if rows is None else rows
     segments = [(i, start, stop) for i in rows for start, stop, _ in index[i]["segments"]]
     windows = Windows(segments, round(WINDOW_S * rate_hz), round(STRIDE_S * rate_hz))
-    seizures = events[(events["label"] == (vocabulary.index(SEIZURE) if SEIZURE in vocabulary else -1)) & (events["duration_s"] > 0)]
-    row, start_s, stop_s = merge(seizures["recording"], seizures["onset_s"], seizures["onset_s"] + seizures["duration_s"])
+    seizures = events[
+        (events["label"] == (vocabulary.index(SEIZURE) if SEIZURE in vocabulary else -1)) & (events["duration_s"] > 0)
+    ]
+    row, start_s, stop_s = merge(
+        seizures["recording"], seizures["onset_s"], seizures["onset_s"] + seizures["duration_s"]
+    )
     _, share = windows.overlap(row, start_s * rate_hz, stop_s * rate_hz)
     full = int((share >= FULL_SHARE).sum())
     return {"full": full, "partial": len(share) - full, "none": len(windows) - len(share)}
@@ -230,7 +259,9 @@ def missing_cost(kept: list, quarantine: list[dict]) -> dict:
         "interpolated": sum(done for _, done in lacking),
         "masked": sum(not done for _, done in lacking),
         "rejected": sum(q["code"] == "missing_channel" for q in quarantine),
-        "rejected_for": dict(Counter(q["reason"] for q in quarantine if q["code"] == "missing_channel").most_common(20)),
+        "rejected_for": dict(
+            Counter(q["reason"] for q in quarantine if q["code"] == "missing_channel").most_common(20)
+        ),
     }
 
 
@@ -305,17 +336,31 @@ class Pseudonyms:
             for s in found.sources
         ]
         participants = {
-            (d, self.name(f"{d}/{s}", "sub")): {k: min(v, 90.0) if k == "age" and isinstance(v, (int, float)) else v for k, v in p.items()}
+            (d, self.name(f"{d}/{s}", "sub")): {
+                k: min(v, 90.0) if k == "age" and isinstance(v, (int, float)) else v for k, v in p.items()
+            }
             for (d, s), p in found.participants.items()
         }
         rejected = [(self.key(key), path, code, "") for key, path, code, _ in found.rejected]
-        return replace(found, sources=sorted(sources, key=lambda s: s.key), participants=participants, rejected=rejected)
+        return replace(
+            found, sources=sorted(sources, key=lambda s: s.key), participants=participants, rejected=rejected
+        )
 
     @staticmethod
-    def common_events(kept: list) -> list:
-        """Only event texts that stand in recordings of two subjects or more: free text can name people."""
+    def without_names(kept: list, parts: dict[str, dict]) -> list:
+        """
+        Keep only event texts that stand in recordings of two subjects or more, because free text can name people.
+
+        What is dropped here is dropped from `parts` too, so that it is nowhere in a finished cache.
+        """
         seen: dict[str, set] = {}
-        for source, _, events in kept:
-            for e in events:
-                seen.setdefault(e.label, set()).add((source.dataset, source.subject))
-        return [(source, part, [e for e in events if len(seen[e.label]) > 1]) for source, part, events in kept]
+        for source, part, events in kept:
+            for label in {e.label for e in events} | {label for _, _, label, _ in part["events"]}:
+                seen.setdefault(label, set()).add((source.dataset, source.subject))
+        clean = []
+        for source, part, events in kept:
+            common = [e for e in part["events"] if len(seen[e[2]]) > 1]
+            if len(common) < len(part["events"]):
+                part = parts[source.key] = {**part, "events": common}
+            clean.append((source, part, [e for e in events if len(seen[e.label]) > 1]))
+        return clean

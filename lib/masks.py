@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lib.samplers import GOLDEN, derive, key, mix
+
 KINDS = ("random", "spatial", "temporal", "spatiotemporal")
 
 
@@ -29,24 +31,26 @@ class Masks:
         """How many tokens there are to predict, over all windows."""
         return self.target_BM.numel() if self.target_real_BM is None else int(self.target_real_BM.sum())
 
+    @property
+    def contexts(self) -> int:
+        """How many tokens are seen, over all windows."""
+        return self.context_BK.numel() if self.context_real_BK is None else int(self.context_real_BK.sum())
+
     def to(self, device: torch.device) -> "Masks":
         """The same on another device."""
         parts = (self.context_BK, self.target_BM, self.context_real_BK, self.target_real_BM)
         return Masks(*(None if t is None else t.to(device, non_blocking=True) for t in parts))
 
 
-def uniform(seed: int, step: int, index_B: np.ndarray, width: int, stream: int) -> np.ndarray:
+def uniform(seed: int, step: int, index_B: np.ndarray, width: int, purpose: str) -> np.ndarray:
     """
-    Numbers in [0, 1), float64 (B, W), each a function of (seed, step, stream, window index, column) alone.
+    Numbers in [0, 1), float64 (B, W), each a function of (seed, purpose, step, window index, column) alone.
 
-    SplitMix64 (Steele, Lea & Flood 2014) on a counter: a generator per window would cost a Python loop over the batch.
+    Hashed counters: a generator per window would cost a Python loop over the batch.
     """
-    key = np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)
-    z = (np.asarray(index_B, np.uint64)[:, None] << np.uint64(32)) + np.arange(1, width + 1, dtype=np.uint64)
-    z = key + z * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    key_B = derive(key(seed, purpose), step, index_B)
+    z_BW = mix(key_B[:, None] + np.arange(1, width + 1, dtype=np.uint64) * GOLDEN)
+    return (z_BW >> np.uint64(11)) * 2.0**-53
 
 
 def choose_channels(mask_BC: torch.Tensor, most: int, seed: int, step: int, index_B: np.ndarray) -> torch.Tensor:
@@ -57,7 +61,7 @@ def choose_channels(mask_BC: torch.Tensor, most: int, seed: int, step: int, inde
     """
     good_BC = mask_BC.numpy()
     keep = min(int(good_BC.sum(1).max()), most or good_BC.shape[1])
-    order_BC = np.where(good_BC, uniform(seed, step, index_B, good_BC.shape[1], stream=1) if most else 0.0, 1.0)
+    order_BC = np.where(good_BC, uniform(seed, step, index_B, good_BC.shape[1], "channels") if most else 0.0, 1.0)
     return torch.from_numpy(np.sort(np.argsort(order_BC, axis=1, kind="stable")[:, :keep], axis=1))
 
 
@@ -85,14 +89,18 @@ def draw_masks(
     tokens_B = good_BCP.sum((1, 2))
     assert tokens_B.min() >= 2, f"a window with {tokens_B.min()} good tokens can't be split into context and target"
     hidden_B = np.clip(np.floor(ratio * tokens_B + 0.5).astype(np.int64), 1, tokens_B - 1)
-    priority_BCP = uniform(seed, step, index_B, C * P, stream=2).reshape(B, C, P)
+    priority_BCP = uniform(seed, step, index_B, C * P, "mask order").reshape(B, C, P)
     if kind == "random":
         order_BCP = priority_BCP
     else:
         radius_m = np.inf if kind == "temporal" else radius_m
         length = P if kind == "spatial" else min(length, P)
-        shift_BCP = np.floor(uniform(seed, step, index_B, C * P, stream=3).reshape(B, C, P) * length).astype(np.int64)
-        order_BCP = _order_of_blocks(positions_BC3.numpy(), good_BCP, hidden_B, priority_BCP, shift_BCP, radius_m, length)
+        shift_BCP = np.floor(uniform(seed, step, index_B, C * P, "mask start").reshape(B, C, P) * length).astype(
+            np.int64
+        )
+        order_BCP = _order_of_blocks(
+            positions_BC3.numpy(), good_BCP, hidden_B, priority_BCP, shift_BCP, radius_m, length
+        )
     order_BN = np.where(good_BCP, order_BCP, np.inf).reshape(B, C * P)
     good_BN = good_BCP.reshape(B, C * P)
 
@@ -104,7 +112,9 @@ def draw_masks(
     return Masks(context_BK, target_BM, context_real_BK, target_real_BM)
 
 
-def _order_of_blocks(positions_BC3, good_BCP, hidden_B, priority_BCP, shift_BCP, radius_m: float, length: int) -> np.ndarray:
+def _order_of_blocks(
+    positions_BC3, good_BCP, hidden_B, priority_BCP, shift_BCP, radius_m: float, length: int
+) -> np.ndarray:
     """
     When each token is hidden (B, C, P), infinite if not needed: the number of its block plus its distance from the centre.
 

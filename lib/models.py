@@ -57,10 +57,10 @@ def to_patches(x_BCT: torch.Tensor, patch: int) -> torch.Tensor:
 
 class PatchEmbedding(nn.Module):
     """
-    A linear map of a patch's samples plus one of its log amplitude spectrum.
+    A linear map of a patch's samples plus one of its log amplitude spectrum, standardised per frequency by `calibrate`.
 
-    The spectrum (Hann window, unit white noise at about 0) is what rhythms of random phase have in common; the samples keep phase
-    and shape. Amplitude survives in both, because windows are scaled per recording, not per window.
+    The spectrum is what rhythms of random phase have in common; the samples keep phase and shape. Amplitude survives in both,
+    because windows are scaled per recording, not one by one.
     """
 
     def __init__(self, patch: int, d: int):
@@ -69,11 +69,24 @@ class PatchEmbedding(nn.Module):
         self.spectrum = nn.Linear(patch // 2 + 1, d)
         hann_S = torch.hann_window(patch)
         self.register_buffer("taper_S", hann_S / hann_S.square().sum().sqrt(), persistent=False)
+        self.register_buffer("level_F", torch.zeros(patch // 2 + 1))
+        self.register_buffer("spread_F", torch.ones(patch // 2 + 1))
+
+    def log_amplitude(self, x_BKS: torch.Tensor) -> torch.Tensor:
+        """Unit white noise is at about 0; the floor is 40 dB below, where float16 rounding and filtered-out bands are."""
+        return 0.5 * torch.log(torch.fft.rfft(x_BKS.float() * self.taper_S).abs().square() + 1e-4)
+
+    @torch.no_grad()
+    def calibrate(self, x_KS: torch.Tensor) -> None:
+        """Take level and spread of each frequency from patches of the training data: a 1/f spectrum is mostly a constant otherwise."""
+        spectrum_KF = self.log_amplitude(x_KS)
+        self.level_F.copy_(spectrum_KF.mean(0))
+        self.spread_F.copy_(
+            spectrum_KF.std(0).clamp_min(0.25)
+        )  # filtered-out bands hardly vary and must not be blown up
 
     def forward(self, x_BKS: torch.Tensor) -> torch.Tensor:
-        power_BKF = torch.fft.rfft(x_BKS.float() * self.taper_S).abs().square()
-        # the floor is 40 dB under white noise of unit variance: below it are float16 rounding and filtered-out bands
-        return self.samples(x_BKS) + self.spectrum(0.5 * torch.log(power_BKF + 1e-4))
+        return self.samples(x_BKS) + self.spectrum((self.log_amplitude(x_BKS) - self.level_F) / self.spread_F)
 
 
 class Places(nn.Module):
@@ -122,7 +135,9 @@ class Block(nn.Module):
             self.out.weight /= math.sqrt(2 * depth)
             self.narrow.weight /= math.sqrt(2 * depth)
 
-    def forward(self, z_BKD: torch.Tensor, real_BK: torch.Tensor | None = None, context_BKD: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, z_BKD: torch.Tensor, real_BK: torch.Tensor | None = None, context_BKD: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`real_BK` marks the keys that may be attended to; None means all of them, which is faster."""
         h_BKD = self.norm1(z_BKD)
         d = h_BKD.shape[2]
@@ -221,7 +236,13 @@ def build_encoder(architecture: Architecture) -> nn.Module:
 def signal_meta(cache) -> dict:
     """What an encoder must know of the signals it was trained on: rate, unit, filter, reference, scale, channels, cache."""
     names = sorted({name for r in cache.recordings for name in r.names})
-    return {"rate_hz": cache.rate_hz, "unit": cache.unit, "signal": cache.signal, "channels": names, "cache": cache.fingerprint}
+    return {
+        "rate_hz": cache.rate_hz,
+        "unit": cache.unit,
+        "signal": cache.signal,
+        "channels": names,
+        "cache": cache.fingerprint,
+    }
 
 
 def save_encoder(path: str | Path, encoder: nn.Module, meta: dict) -> None:
@@ -240,10 +261,12 @@ def load_encoder(path: str | Path, cache=None) -> tuple[nn.Module, dict]:
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
     if cache is not None:
-        for name in ("rate_hz", "band_hz", "notch_hz", "reference", "scale"):
+        for name in ("kind", "rate_hz", "band_hz", "notch_hz", "reference", "scale"):
             ours, theirs = meta["signal"].get(name), cache.signal.get(name)
             if ours != theirs:
-                raise Unusable(f"{path} was trained at {name} {ours}, the cache has {theirs}: rebuild the cache with the encoder's value")
+                raise Unusable(
+                    f"{path} was trained at {name} {ours}, the cache has {theirs}: rebuild the cache with the encoder's value"
+                )
     encoder = build_encoder(Architecture(**meta["architecture"]))
     encoder.load_state_dict(tensors)
     return encoder.eval(), meta

@@ -115,7 +115,10 @@ def run(function: Callable, tasks: list, workers: int, timeout_s: float) -> Iter
 
 def _obituary(exitcode: int) -> Crash:
     if exitcode == -signal.SIGKILL:
-        return Crash("out_of_memory", "its worker was killed twice, the second time alone (SIGKILL, as the kernel does when memory runs out)")
+        return Crash(
+            "out_of_memory",
+            "its worker was killed twice, the second time alone (SIGKILL, as the kernel does when memory runs out)",
+        )
     name = signal.Signals(-exitcode).name if exitcode < 0 else f"exit status {exitcode}"
     return Crash("reader_crashed", f"its reader ended the process twice ({name})")
 

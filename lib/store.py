@@ -162,16 +162,22 @@ def read_manifest(directory: Path) -> dict:
     path = directory / "manifest.json"
     if not path.exists():
         done = len(list(directory.glob("*/parts/*.json")))
-        raise Unusable(f"{path} is missing: the build did not finish ({done} sources done); resume it: {build_command(directory)}")
+        raise Unusable(
+            f"{path} is missing: the build did not finish ({done} sources done); resume it: {build_command(directory)}"
+        )
     try:
         manifest = json.loads(path.read_bytes())
         version, stated = (manifest["format"], manifest["version"]), manifest.pop("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise Unusable(f"{path} is damaged; rebuild it (shards are kept): {build_command(directory)}") from error
     if version != (FORMAT, VERSION):
-        raise Unusable(f"{path} is {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; rebuild: {build_command(directory)}")
+        raise Unusable(
+            f"{path} is {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; rebuild: {build_command(directory)}"
+        )
     if stated != digest(manifest):
-        raise Unusable(f"{path} is damaged (its sha256 differs); rebuild it (shards are kept): {build_command(directory)}")
+        raise Unusable(
+            f"{path} is damaged (its sha256 differs); rebuild it (shards are kept): {build_command(directory)}"
+        )
     return manifest | {"sha256": stated}
 
 

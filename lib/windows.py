@@ -29,7 +29,9 @@ class Windows:
     def locate(self, ids) -> tuple[np.ndarray, np.ndarray]:
         """Row of `cache.recordings` and first sample of each window."""
         ids = np.asarray(ids, np.int64)
-        assert ids.size == 0 or (0 <= ids.min() and ids.max() < len(self)), f"window ids {ids.min()}…{ids.max()} of {len(self)}"
+        assert ids.size == 0 or (0 <= ids.min() and ids.max() < len(self)), (
+            f"window ids {ids.min()}…{ids.max()} of {len(self)}"
+        )
         segment = np.searchsorted(self._first, ids, side="right") - 1
         return self._row[segment], self._start[segment] + (ids - self._first[segment]) * self.stride
 
@@ -40,7 +42,9 @@ class Windows:
     def ranges(self, values: Sequence) -> dict:
         """Window id ranges, int64 (n, 2), per distinct value; `values` holds one hashable value per row of `cache.recordings`."""
         groups: dict = {}
-        for row, first, stop in zip(self._row.tolist(), self._first[:-1].tolist(), self._first[1:].tolist(), strict=True):
+        for row, first, stop in zip(
+            self._row.tolist(), self._first[:-1].tolist(), self._first[1:].tolist(), strict=True
+        ):
             groups.setdefault(values[row], []).append((first, stop))
         return {value: np.array(pairs, np.int64) for value, pairs in groups.items()}
 
@@ -55,7 +59,9 @@ class Windows:
         order = np.argsort(self._row, kind="stable")
         low, high = (np.searchsorted(self._row[order], row_N, side) for side in ("left", "right"))
         interval = np.repeat(np.arange(len(row_N)), high - low)
-        segment = order[np.arange(len(interval)) - np.repeat(np.cumsum(high - low) - (high - low), high - low) + low[interval]]
+        segment = order[
+            np.arange(len(interval)) - np.repeat(np.cumsum(high - low) - (high - low), high - low) + low[interval]
+        ]
         begin, end = start_N[interval] - self._start[segment], stop_N[interval] - self._start[segment]
         count = self._first[segment + 1] - self._first[segment]
         first = np.maximum(0, np.floor((begin - self.samples) / self.stride).astype(np.int64) + 1)
@@ -78,7 +84,9 @@ def merge(row_N, start_N, stop_N) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Intervals sorted by recording and start, with overlapping and touching ones of a recording made one."""
     order = np.lexsort((start_N, row_N))
     merged: list[list[float]] = []
-    for row, start, stop in zip(*(np.asarray(a, np.float64)[order].tolist() for a in (row_N, start_N, stop_N)), strict=True):
+    for row, start, stop in zip(
+        *(np.asarray(a, np.float64)[order].tolist() for a in (row_N, start_N, stop_N)), strict=True
+    ):
         if merged and merged[-1][0] == row and start <= merged[-1][2]:
             merged[-1][2] = max(merged[-1][2], stop)
         else:

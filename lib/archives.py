@@ -1,0 +1,139 @@
+"""
+Arrays in NPY, NPZ, MAT (v5 and v7.3) and HDF5 files: which of them is the signal, and what the others say about it.
+
+T samples, C channels, N snapshots.
+"""
+
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pymatreader
+
+from lib import channels
+from lib.errors import Rejected
+from lib.recordings import ReadSpec, Recording
+from lib.tables import NAMES, RATES, TIMES, Table, to_recording
+
+UNITS = {"unit", "units"}
+
+
+def open_archive(path: Path, spec: ReadSpec) -> Recording:
+    """Opens an archive of arrays. Raises Rejected."""
+    return to_recording(path, _choose(path, _arrays(path, path.suffix.lower()), spec), spec)
+
+
+def _arrays(path: Path, ending: str) -> dict:
+    """Everything in an archive by name; large HDF5 arrays stay on disk until they are read."""
+    if ending == ".npy":
+        return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}
+    if ending == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    if ending == ".mat":
+        return _flat({k: v for k, v in pymatreader.read_mat(path).items() if not k.startswith("__")})
+    file = h5py.File(path, "r")
+    found = dict(file.attrs)
+
+    def visit(name: str, item) -> None:
+        found.update(item.attrs)
+        if isinstance(item, h5py.Dataset):
+            found[name] = item.asstr()[()] if h5py.check_string_dtype(item.dtype) else item
+
+    file.visititems(visit)
+    return found
+
+
+def _flat(content: dict, prefix: str = "") -> dict:
+    """Nested MATLAB structures as one dict, with names like `data/fs`."""
+    flat = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _sorted_out(content: dict, table: Table) -> tuple[dict, dict]:
+    """(arrays of two or more axes, arrays of one), after everything that speaks about the signal went into the table."""
+    blocks, vectors = {}, {}
+    for full_name, value in content.items():
+        name = full_name.rsplit("/", 1)[-1]
+        if isinstance(value, list) and not all(isinstance(v, str | float | int) for v in value):
+            continue  # MATLAB cells
+        array = value if isinstance(value, h5py.Dataset) else np.asarray(value)
+        if array.dtype.kind in "SUO" and array.size:
+            texts = [v.decode() if isinstance(v, bytes) else str(v) for v in np.ravel(array[()])]
+            table.names = [t.strip() for t in texts] if name.lower() in NAMES else table.names
+            table.unit = texts[0] if name.lower() in UNITS else table.unit
+        elif array.dtype.kind in "fiub" and array.size == 1:
+            number = float(np.ravel(array[()])[0])
+            if name.lower() in RATES:
+                table.rate_hz = number
+            else:
+                table.columns["rpm" if name.lower().endswith("rpm") else name] = number
+        elif array.dtype.kind in "fiu" and array.size:
+            wide = [n for n in array.shape if n > 1]
+            if len(wide) > 1:
+                blocks[name] = array if len(wide) == array.ndim else np.asarray(array).reshape(wide)
+            else:
+                vectors[name] = np.ravel(array[()])
+    return blocks, vectors
+
+
+def _choose(path: Path, content: dict, spec: ReadSpec) -> Table:
+    """Which of the arrays is the signal, and what the others say about it."""
+    table = Table(None)
+    blocks, vectors = _sorted_out(content, table)
+    stamps = {n: v for n, v in vectors.items() if n.lower() in TIMES}
+    codes = {n: v for n, v in vectors.items() if channels.kind(n) == "stim"}
+    rest = {n: v for n, v in vectors.items() if n not in stamps and n not in codes}
+    if blocks:
+        name = _one_block(path, blocks, spec)
+        table.signal = blocks[name]
+        shape = table.signal.shape
+        codes |= {n: v for n, v in rest.items() if v.dtype.kind in "iu" and len(v) == max(shape)}
+        table.per_snapshot = {n: v for n, v in rest.items() if len(shape) == 3 and len(v) == shape[0]}
+        used = {name, *table.per_snapshot}
+    else:
+        parts = _equal_vectors(path, rest, spec)
+        table.signal = np.stack(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
+        table.names = None if path.suffix.lower() == ".npy" else [_bare(n) for n in parts]  # .npy: only the file's name
+        used = {*parts}
+    samples = max(table.signal.shape)
+    table.markers = [v for v in codes.values() if len(v) == samples]
+    table.stamps_T = next((v for v in stamps.values() if len(v) == samples), None)
+    unused = sorted({*blocks, *rest} - used - {*codes})
+    table.notes += [f"arrays not used: {', '.join(unused)}"] if unused else []
+    return table
+
+
+def _one_block(path: Path, blocks: dict, spec: ReadSpec) -> str:
+    """The name of the signal: the only array, the only one that fits the stated channels, or the only one of floats."""
+    fitting = [n for n, v in blocks.items() if spec.channels and len(spec.channels) in v.shape] or list(blocks)
+    floats = [n for n in fitting if blocks[n].dtype.kind == "f"] or fitting
+    if len(floats) > 1:
+        listed = ", ".join(f"{n} {blocks[n].shape}" for n in floats)
+        raise Rejected("ambiguous_array", f"{path.name} holds {listed}: which is the signal?")
+    return floats[0]
+
+
+def _bare(name: str) -> str:
+    """A channel's name without the test number that CWRU's archives put before it: X097_DE_time is DE."""
+    found = re.fullmatch(r"X\d+_(\w+)_time", name)
+    return found[1] if found else name
+
+
+def _equal_vectors(path: Path, vectors: dict, spec: ReadSpec) -> dict:
+    """One-dimensional arrays that are the channels of one signal: float if there are float ones, and of equal length."""
+    floats = {n: v for n, v in vectors.items() if v.dtype.kind == "f"} or vectors
+    number = re.fullmatch(r"\d+", path.stem)
+    own = {n: v for n, v in floats.items() if number and n.startswith(f"X{int(path.stem):03d}")}
+    floats = own or floats  # some of CWRU's archives hold another test beside their own
+    if spec.channels and {_bare(n) for n in floats} >= set(spec.channels):
+        floats = {n: v for n, v in floats.items() if _bare(n) in spec.channels}
+    if not floats:
+        raise Rejected("no_signal", f"{path.name} holds no array of samples")
+    if len({len(v) for v in floats.values()}) > 1 or len({_bare(n) for n in floats}) < len(floats):
+        listed = ", ".join(f"{n} ({len(v)})" for n, v in floats.items())
+        raise Rejected("ambiguous_array", f"{path.name} holds {listed}: state in channels which make up the signal")
+    return floats

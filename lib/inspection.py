@@ -1,0 +1,110 @@
+"""
+Is this a signal? Gaps, flat, saturated and implausible channels, looked for before anything is filtered or cached.
+
+One sample that is not a number makes a filter turn its whole channel into nothing, so gaps are closed or cut out first.
+
+Shapes: C channels, T samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.errors import Rejected
+from lib.recordings import Segment
+
+GAP_S = 0.5  # longer runs without a number in most channels split the recording; shorter ones are interpolated
+LOST_SHARE = 0.05  # a channel that lacks more of its samples than this is bad
+# share of samples equal to the one before, or at the channel's extremes and equal to a neighbour
+FLAT_SHARE, SATURATED_SHARE = 0.5, 0.05
+# robust deviation after filtering, median over channels: outside the first range no EEG lies, whatever the amplifier; outside the second
+# it is unusual enough to be reported (some public recordings state volts and hold the converter's own unit)
+PLAUSIBLE_UV, USUAL_UV = (0.1, 50_000.0), (0.5, 1000.0)
+LOOK_SAMPLES, BLOCK = 1 << 17, 4096  # long recordings are judged by evenly spaced blocks of this many samples in all
+
+
+@dataclass
+class Inspection:
+    """A signal without gaps, and what was found."""
+
+    x_CT: np.ndarray
+    segments: list[Segment]
+    bad: list[int]
+    notes: list[str]
+
+
+def inspect(x_CT: np.ndarray, rate_hz: float, segments: list[Segment]) -> Inspection:
+    """Close or cut gaps (values that are not finite) and flag channels that are flat, saturated or mostly gaps. Raises Rejected `no_data`."""
+    notes, bad = [], set()
+    if not np.isfinite(x_CT.sum(1, dtype=np.float64)).all():
+        x_CT, segments, bad = _without_gaps(x_CT, rate_hz, segments, notes)
+    if not segments:
+        raise Rejected("no_data", "nothing but gaps")
+    look_CT = _look(x_CT, segments)
+    same_CT = look_CT[:, 1:] == look_CT[:, :-1]
+    flat_C = (same_CT.mean(1) > FLAT_SHARE) if same_CT.shape[1] else np.zeros(len(x_CT), bool)
+    at_rail_CT = (look_CT[:, 1:] == look_CT.max(1, keepdims=True)) | (look_CT[:, 1:] == look_CT.min(1, keepdims=True))
+    saturated_C = (at_rail_CT & same_CT).mean(1) > SATURATED_SHARE if same_CT.shape[1] else flat_C
+    for word, found_C in (("flat", flat_C), ("saturated", saturated_C & ~flat_C)):
+        if found_C.any():
+            notes.append(f"{word} channels: {found_C.sum()} of {len(found_C)}")
+            bad |= set(np.flatnonzero(found_C).tolist())
+    return Inspection(x_CT, segments, sorted(bad), notes)
+
+
+def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
+    """A note where filtered microvolts are unusual for EEG. Raises Rejected `implausible_amplitude` where they can't be EEG."""
+    low_C, high_C = np.percentile(y_CT[good][:, :: max(1, y_CT.shape[1] // LOOK_SAMPLES)], (25, 75), axis=1)
+    deviation_uV = float(np.median(high_C - low_C)) / 1.349
+    if not PLAUSIBLE_UV[0] <= deviation_uV <= PLAUSIBLE_UV[1]:
+        raise Rejected(
+            "implausible_amplitude",
+            f"median robust deviation {deviation_uV:.3g} µV, where EEG has {PLAUSIBLE_UV[0]:g} to {PLAUSIBLE_UV[1]:g}: a wrong unit",
+        )
+    unusual = not USUAL_UV[0] <= deviation_uV <= USUAL_UV[1]
+    return [f"unusual amplitude, the stated unit may be wrong: median robust deviation {deviation_uV:.3g} µV"] if unusual else []
+
+
+def _look(x_CT: np.ndarray, segments: list[Segment]) -> np.ndarray:
+    """All samples of a short recording, evenly spaced blocks of a long one."""
+    total = sum(s.stop - s.start for s in segments)
+    if total <= LOOK_SAMPLES:
+        return np.concatenate([x_CT[:, s.start : s.stop] for s in segments], axis=1)
+    starts = np.linspace(0, x_CT.shape[1] - BLOCK, LOOK_SAMPLES // BLOCK).astype(int)
+    return np.concatenate([x_CT[:, s : s + BLOCK] for s in starts], axis=1)
+
+
+def _without_gaps(x_CT: np.ndarray, rate_hz: float, segments: list[Segment], notes: list[str]) -> tuple:
+    """The signal with short gaps interpolated, segments split at long ones, and the channels that are mostly gaps, zeroed."""
+    gap_CT = ~np.isfinite(x_CT)
+    dead_C = gap_CT.mean(1) > 0.5  # a channel that never worked doesn't split the others
+    silent_T = gap_CT[~dead_C].mean(0) > 0.5 if not dead_C.all() else np.ones(x_CT.shape[1], bool)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], silent_T, [False]]).astype(np.int8))).reshape(-1, 2)
+    cuts = [(a, b) for a, b in edges.tolist() if b - a > GAP_S * rate_hz]
+    kept = []
+    for segment in segments:
+        start = segment.start
+        for a, b in [
+            (max(a, segment.start), min(b, segment.stop)) for a, b in cuts if a < segment.stop and b > segment.start
+        ]:
+            kept.append((start, a))
+            start = b
+        kept.append((start, segment.stop))
+    whole = [next(s for s in segments if s.start <= a <= s.stop) for a, _ in kept]
+    split = [Segment(a, b, s.onset_s + (a - s.start) / rate_hz) for (a, b), s in zip(kept, whole, strict=True) if b > a]
+    if cuts:
+        notes.append(f"gaps cut out: {len(cuts)}, {sum(b - a for a, b in cuts) / rate_hz:.1f} s")
+    x_CT, inside_T = x_CT.copy(), np.zeros(x_CT.shape[1], bool)
+    for s in split:
+        inside_T[s.start : s.stop] = True
+    lost_C = gap_CT[:, inside_T].mean(1) > LOST_SHARE if inside_T.any() else np.ones(len(x_CT), bool)
+    for c, gap_T in enumerate(gap_CT):
+        if lost_C[c]:
+            x_CT[c] = 0
+        elif gap_T.any():
+            known = np.flatnonzero(~gap_T)
+            x_CT[c, gap_T] = np.interp(np.flatnonzero(gap_T), known, x_CT[c, known])
+            notes.append(f"short gaps interpolated: {int(gap_T[inside_T].sum())} samples of channel {c}")
+    if lost_C.any():
+        notes.append(f"channels that are mostly gaps: {int(lost_C.sum())}")
+    return x_CT, split, set(np.flatnonzero(lost_C).tolist())

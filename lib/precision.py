@@ -1,0 +1,38 @@
+"""
+Which number format the matrix products run in, decided by measuring.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from lib.ranks import Ranks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADVANTAGE = 0.95  # bfloat16 must be at least this much faster, or float32 stays
+
+
+def autocast(device_type: str, dtype: str) -> torch.autocast:
+    """The context in which a forward pass runs; parameters, sums and the optimiser stay float32."""
+    return torch.autocast(device_type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def choose_dtype(flag: str, work: Callable[[str], None], ranks: Ranks, repeats: int = 3) -> str:
+    """
+    `flag`, or for `auto` the format in which `work(dtype)`, a step on a throwaway copy, is fastest, the same on all ranks.
+
+    Interleaved best of `repeats` after a warm-up, because on CPUs bfloat16 was seen from 3 x slower to 1.7 x faster, by shape.
+    """
+    if flag != "auto":
+        return flag
+    best = dict.fromkeys(DTYPES, float("inf"))
+    if ranks.first:
+        for repeat in range(repeats + 1):
+            for dtype in DTYPES:
+                started = time.perf_counter()
+                work(dtype)
+                if ranks.device.type == "cuda":
+                    torch.cuda.synchronize()
+                best[dtype] = min(best[dtype], time.perf_counter() - started) if repeat else float("inf")
+    return ranks.agree("bfloat16" if best["bfloat16"] < ADVANTAGE * best["float32"] else "float32")

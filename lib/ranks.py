@@ -1,0 +1,75 @@
+"""
+One process or several: who this one is (torchrun's environment), and sums over all of them. gloo on CPUs, NCCL on GPUs.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lib.errors import Unusable
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` equal ones."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and evaluates."""
+        return self.rank == 0
+
+    def share(self, batch: int) -> np.ndarray:
+        """Which windows of the global batch this process takes."""
+        return np.arange(self.rank, batch, self.world)
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter], extra: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients in place, in one message, and return the sum of `extra` (float64, kept exact by a message of its own)."""
+        if self.world > 1:
+            flat = torch.cat([p.grad.flatten() for p in parameters])
+            dist.all_reduce(flat)
+            dist.all_reduce(extra)
+            for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad.copy_(g.view_as(p))
+        return extra
+
+    def agree(self, value):
+        """The first process's value, everywhere."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def join(device: str = "auto") -> Ranks:
+    """Find out about the other processes and the device. Raises Unusable for a device that isn't there."""
+    rank, world, local = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch's own way to say that a build lacks CUDA is an assertion
+        raise Unusable(f"--device {device} can't be used here: {str(error).splitlines()[0]}") from error
+    if place.type == "cuda":
+        place = torch.device("cuda", local if place.index is None else place.index)
+        torch.cuda.set_device(place)
+    if world > 1:
+        # the first process evaluates and probes while the others wait
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return Ranks(rank, world, place)

@@ -1,0 +1,428 @@
+"""The builder from the command line: what comes out, what survives, what is refused."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lib import store
+from lib.cache import Cache
+from lib.edf import write_edf
+from lib.errors import Unusable
+from tests.recipes import NAMES, ROOT, contents, kill, noise_uv, run, start, write_small
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small data set, its cache and what the build said."""
+    root = tmp_path_factory.mktemp("small")
+    write_small(root / "raw")
+    code, result, stderr = run("--source", root / "raw", "--cache", root / "cache", "--workers", 2)
+    assert code == 0, stderr
+    return root / "raw", root / "cache", result
+
+
+def test_summary(small):
+    _, cache, result = small
+    assert {k: result[k] for k in ("recordings", "subjects", "quarantined", "built", "reused")} == {
+        "recordings": 8,
+        "subjects": 4,
+        "quarantined": 0,
+        "built": 8,
+        "reused": 0,
+    }
+    assert result["hours"] == pytest.approx(8 * 16 / 3600, abs=1e-3) and result["seconds"] > 0
+    assert result["windows"] == {"full": 0, "partial": 0, "none": 8 * 7}
+    assert set(result["splits"]) == {"train", "val", "test"} and all(s["subjects"] for s in result["splits"].values())
+
+
+def test_microvolts_labels_and_order(small):
+    mne = pytest.importorskip("mne")
+    raw_folder, path, _ = small
+    cache = Cache(path)
+    row = [r.key for r in cache.recordings].index("small/s02_task.edf")
+    recording = cache.recordings[row]
+    assert recording.names == ("Fp1", "Fp2", "F3", "C3", "C4", "P3", "O1", "O2")  # canonical order, whatever the file's
+    assert recording.subject == "small/02" and recording.columns["condition"] == "task"
+    assert cache.column("age")[row] == 26 and cache.column("sex")[row] == "F"
+    assert [(e.onset_s, e.duration_s, e.label) for e in cache.events(row)] == [(2.0, 3.0, "look"), (7.5, 0.0, "press")]
+
+    raw = mne.io.read_raw_edf(raw_folder / "s02_task.edf", preload=True, verbose="ERROR")
+    raw.filter(0.5, 45, verbose="ERROR").resample(100, verbose="ERROR").set_eeg_reference("average", verbose="ERROR")
+    expected = raw.get_data()[[NAMES.index(n) for n in [f"EEG {c.upper()}-REF" for c in recording.names]]] * 1e6
+    batch = cache.read([row], [0], recording.samples, unit="uV")
+    error = batch.x_BCT[0].numpy() - expected
+    assert error.std() < 2e-3 * expected.std(), error.std() / expected.std()  # 0.1 % of the filter and float16's 0.05 %
+    assert batch.mask_BC.all() and not batch.positions_BC3.isnan().any()
+
+    scaled = cache.read([row], [0], recording.samples).x_BCT[0].numpy()
+    low, high = np.percentile(scaled, (25, 75), axis=1)
+    assert np.allclose(high - low, 1.349, atol=0.01) and np.allclose(np.median(scaled, axis=1), 0, atol=0.01)
+
+
+def test_same_bytes_with_any_number_of_workers_and_a_rebuild_does_nothing(small, tmp_path):
+    raw, cache, _ = small
+    moved = tmp_path / "raw"
+    shutil.copytree(raw, moved)  # copy2 keeps modification times
+    code, _, stderr = run("--source", moved, "--cache", tmp_path / "cache", "--workers", 1)
+    assert code == 0, stderr
+    ours, theirs = contents(tmp_path / "cache"), contents(cache)
+    differing = [n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)]
+    assert set(differing) <= {"build.json", "manifest.json"}, differing  # these name the other source folder
+    before = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.suffix != ".lock"}
+    code, again, _ = run("--source", raw, "--cache", cache)
+    assert code == 0 and again["built"] == 0 and again["reused"] == 8
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.suffix != ".lock"} == before
+
+
+def test_moved_cache_and_copies_without_times(small, tmp_path):
+    raw, cache, _ = small
+    shutil.copytree(raw, tmp_path / "raw", copy_function=shutil.copyfile)
+    shutil.copytree(cache, tmp_path / "elsewhere")
+    assert len(Cache(tmp_path / "elsewhere").recordings) == 8
+    code, result, _ = run("--source", tmp_path / "raw", "--cache", tmp_path / "elsewhere")
+    assert code == 0 and result["recordings"] == 8  # touched, not changed: no signal is computed again
+    shards = {n: b for n, b in contents(cache).items() if "shards" in n}
+    assert {n: b for n, b in contents(tmp_path / "elsewhere").items() if "shards" in n} == shards
+
+
+def test_only_what_changed_is_rebuilt(small, tmp_path):
+    raw, cache = tmp_path / "raw", tmp_path / "cache"
+    shutil.copytree(small[0], raw)
+    shutil.copytree(small[1], cache)
+    shards = {p.name: p.stat().st_mtime_ns for p in cache.rglob("*.npy")}
+    # a label: no signal is touched
+    (raw / "people.csv").write_text((raw / "people.csv").read_text().replace("s01,23,M", "s01,77,M"))
+    code, result, _ = run("--source", raw, "--cache", cache)
+    assert code == 0 and result["built"] == 0
+    assert {p.name: p.stat().st_mtime_ns for p in cache.rglob("shards/*.npy")} == {
+        n: t for n, t in shards.items() if n not in ("events.npy", "scales.npy")
+    }
+    assert 77 in Cache(cache).column("age")
+    # one signal, same size, one sample other: only that one
+    write_edf(
+        raw / "s01_task.edf", noise_uv(np.random.default_rng(9), len(NAMES), 16 * 200), 200, NAMES, [(1.0, 0.0, "new")]
+    )
+    code, result, _ = run("--source", raw, "--cache", cache)
+    assert code == 0 and result["built"] == 1 and result["reused"] == 7
+    # an option: another directory; going back costs nothing; gc then leaves one
+    code, result, _ = run("--source", raw, "--cache", cache, "--band-hz", 1, 30)
+    assert code == 0 and result["built"] == 8 and Cache(cache).signal["band_hz"] == [1.0, 30.0]
+    code, result, _ = run("--source", raw, "--cache", cache)
+    assert code == 0 and result["built"] == 0 and Cache(cache).signal["band_hz"] == [0.5, 45.0]
+    code, result, _ = run("--action", "gc", "--cache", cache)
+    assert code == 0 and result["deleted"] == 8 * 2 + 1  # eight of the other band, and the replaced shard
+    assert run("--action", "verify", "--cache", cache)[0] == 0
+    # a source that went
+    (raw / "s03_rest.edf").unlink()
+    code, result, stderr = run("--source", raw, "--cache", cache)
+    assert code == 0 and result["recordings"] == 7 and "not among these sources" in stderr
+
+
+def _interrupt_until_done(command, cache, kills: int, seed: int, longest_s: float):
+    """Run a build and kill it at random moments, then let it finish; every interrupted state must be refused."""
+    rng = random.Random(seed)
+    done = 0
+    while done < kills:
+        process = start(*command)
+        time.sleep(rng.uniform(0.3, longest_s))
+        if process.poll() is not None:  # it finished first: take the cache away and go on
+            shutil.rmtree(cache)
+            continue
+        kill(process)
+        done += 1
+        if cache.exists() and not (cache / "manifest.json").exists():
+            with pytest.raises(Unusable, match=r"(resume it: python build_cache.py|no cache at)"):
+                Cache(cache)
+    code, result, stderr = run(*command)
+    assert code == 0, stderr
+    return result
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_sigkills_at_random_moments_then_the_same_bytes(tmp_path, kills):
+    raw = write_small(tmp_path / "raw", subjects=12, seconds=60)
+    command = ("--source", raw, "--cache", tmp_path / "cache", "--workers", 2)
+    started = time.monotonic()
+    assert run(*command)[0] == 0
+    whole_s = time.monotonic() - started
+    expected = contents(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    result = _interrupt_until_done(command, tmp_path / "cache", kills=kills, seed=kills, longest_s=0.9 * whole_s)
+    assert result["recordings"] == 24
+    assert contents(tmp_path / "cache") == expected
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.argv[0] = {script!r}
+import runpy
+sys.path.insert(0, {root!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def _full_disk_build(tmp_path, raw):
+    """Build on a file system that is too small; returns (exit status, stderr, cache). A tmpfs where we may mount, else a file size quota."""
+    cache = tmp_path / "tiny" / "cache"
+    cache.parent.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(cache.parent)], capture_output=True
+        ).returncode
+    )
+    if mounted:
+        return (*run("--source", raw, "--cache", cache)[::2], cache, True)
+    program = FULL_DISK.format(limit=20_000, script=str(ROOT / "build_cache.py"), root=str(ROOT))
+    words = [sys.executable, "-c", program, "--source", str(raw), "--cache", str(cache)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.returncode, done.stderr, cache, False
+
+
+def test_a_full_disk_leaves_a_resumable_state(tmp_path):
+    raw = write_small(tmp_path / "raw", subjects=6)
+    code, _, _ = run("--source", raw, "--cache", tmp_path / "cache")
+    assert code == 0
+    code, stderr, cache, mounted = _full_disk_build(tmp_path, raw)
+    try:
+        assert code == 1 and "free some space" in stderr and "Traceback" not in stderr, stderr
+        assert not (cache / "manifest.json").exists() and not list(cache.rglob("*.tmp"))
+        with pytest.raises(Unusable, match="resume it"):
+            Cache(cache)
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,size=64m", str(cache.parent)], check=True)
+        code, result, stderr = run("--source", raw, "--cache", cache)
+        assert code == 0, stderr
+        ours, whole = contents(cache), contents(tmp_path / "cache")
+        differing = [n for n in ours.keys() | whole.keys() if ours.get(n) != whole.get(n)]
+        assert set(differing) <= {"build.json", "manifest.json"}  # they name another cache directory
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(cache.parent)], check=True)
+
+
+DAMAGE = {
+    "delete": lambda path: path.unlink(),
+    "truncate": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "flip": lambda path: _flip(path),
+}
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", ["manifest.json", *store.TABLES, "shards/*.npy", "parts/*.json"])
+def test_verify_names_the_damaged_file(small, tmp_path, damage, kind, monkeypatch):
+    import build_cache
+
+    cache = tmp_path / "cache"
+    shutil.copytree(small[1], cache)
+    path = sorted(cache.rglob(kind))[0]
+    DAMAGE[damage](path)
+    with pytest.raises(Unusable) as refusal:
+        build_cache.main(build_cache.Config(action="verify", cache=cache))
+    assert path.name in str(refusal.value), refusal.value
+    assert "build_cache.py" in str(refusal.value)  # the command that mends it
+    if kind in ("manifest.json", "index.json", "labels.json", "scales.npy") or (
+        kind == "shards/*.npy" and damage != "flip"
+    ):
+        with pytest.raises(
+            Unusable, match=path.name
+        ):  # the pre-flight check of training reads metadata only, and sees these
+            Cache(cache)
+
+
+def test_what_verify_suggests_mends_it(small, tmp_path):
+    raw, cache = small[0], tmp_path / "cache"
+    shutil.copytree(small[1], cache)
+    expected = contents(cache)
+    shard, part = sorted(cache.rglob("shards/*.npy"))[0], sorted(cache.rglob("parts/*.json"))[3]
+    DAMAGE["flip"](shard)
+    DAMAGE["truncate"](part)
+    DAMAGE["flip"](cache / "index.json")
+    code, _, stderr = run("--action", "verify", "--cache", cache)
+    assert code == 2 and "mend: rm -f" in stderr
+    shard.unlink()
+    code, result, _ = run("--source", raw, "--cache", cache)
+    assert code == 0 and result["built"] == 2
+    ours = contents(cache)
+    assert {n: b for n, b in ours.items() if n not in ("build.json", "manifest.json")} == {
+        n: b for n, b in expected.items() if n not in ("build.json", "manifest.json")
+    }
+
+
+def test_two_builders_do_not_meet(tmp_path):
+    raw = write_small(tmp_path / "raw", subjects=10, seconds=60)
+    first = start("--source", raw, "--cache", tmp_path / "cache")
+    lock = tmp_path / "cache" / "build.lock"
+    while not (lock.exists() and lock.read_text()):
+        assert first.poll() is None
+        time.sleep(0.01)
+    code, _, stderr = run("--source", raw, "--cache", tmp_path / "cache")
+    assert code == 2 and f"process {first.pid}" in stderr
+    assert first.wait(timeout=120) == 0
+    assert run("--action", "verify", "--cache", tmp_path / "cache")[0] == 0
+
+
+def test_shares_and_torchrun_end_in_the_same_bytes(small, tmp_path):
+    raw, cache, _ = small
+    expected = contents(cache)
+    shared = tmp_path / "cache"
+    for share in ("1/2", "2/2"):
+        code, result, stderr = run("--source", raw, "--cache", shared, "--share", share)
+        assert code == 0 and result["share"] == share, stderr
+        assert not (shared / "manifest.json").exists()
+    code, result, _ = run("--source", raw, "--cache", shared)
+    assert code == 0 and result["built"] == 0 and result["reused"] == 8
+    launched = tmp_path / "launched"
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "build_cache.py"),
+    ]
+    done = subprocess.run([*words, "--source", str(raw), "--cache", str(launched)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["recordings"] == 8
+    for path in (shared, launched):
+        ours = contents(path)
+        differing = [n for n in ours.keys() | expected.keys() if ours.get(n) != expected.get(n)]
+        assert set(differing) <= {"build.json", "manifest.json"}, differing
+
+
+def test_nothing_to_cache_is_an_error(tmp_path):
+    (tmp_path / "raw").mkdir()
+    code, result, stderr = run("--source", tmp_path / "raw", "--cache", tmp_path / "cache")
+    assert code == 2 and result is None and stderr.strip().splitlines()[-1].startswith("build_cache.py:")
+    (tmp_path / "raw" / "x.edf").write_bytes(b"")
+    code, result, stderr = run("--source", tmp_path / "raw", "--cache", tmp_path / "cache")
+    assert code == 2 and "nothing could be cached (1 empty)" in stderr
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    code, _, stderr = run("--source", tmp_path / "nowhere", "--cache", tmp_path / "cache")
+    assert code == 2 and "nowhere" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (("--band-hz", 40, 10), "--band-hz"),
+        (("--rate-hz", 60), "--band-hz"),
+        (("--rate-hz", -1, "--band-hz", "none"), "--rate-hz"),
+        (("--share", "3/2"), "--share"),
+        (("--channels", "nonsense,,"), "missing_channel"),
+        (("--no-such-flag",), "no-such-flag"),
+        (("--reference", "Fz"), "missing_reference"),
+    ],
+)
+def test_bad_flags_are_named(small, tmp_path, flags, word):
+    code, _, stderr = run("--source", small[0], "--cache", tmp_path / "cache", *flags)
+    assert code == 2 and word in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
+def test_strict_makes_a_bad_file_fatal_but_keeps_the_rest(small, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(small[0], raw)
+    (raw / "s09_rest.edf").write_bytes(b"<html>404</html>" * 40)
+    code, _, stderr = run("--source", raw, "--cache", tmp_path / "cache", "--strict")
+    assert code == 1 and "--strict" in stderr
+    code, result, _ = run("--source", raw, "--cache", tmp_path / "cache")
+    assert code == 3 and result["quarantined_by_code"] == {"not_edf": 1} and result["reused"] == 8
+    assert json.loads((tmp_path / "cache" / "quarantine.json").read_bytes())[0]["key"] == "small/s09_rest.edf"
+
+
+def test_anonymised_cache_names_nobody(tmp_path):
+    raw = tmp_path / "raw"
+    write_small(raw, subjects=3)
+    for path in raw.glob("s*.edf"):
+        path.rename(raw / path.name.replace("s0", "s4711"))
+    (raw / "people.csv").write_text("id,age,sex\ns47110,93,F\ns47111,40,M\ns47112,50,F\n")
+    x_CT = noise_uv(np.random.default_rng(3), len(NAMES), 16 * 200)
+    write_edf(
+        raw / "s47110_rest.edf",
+        x_CT,
+        200,
+        NAMES,
+        [(2.0, 3.0, "look"), (4.0, 0.0, "Mrs Jones coughs")],
+        patient="Jones F 1930",
+    )
+    (raw / "s47119_rest.edf").write_bytes(b"")
+    cache = tmp_path / "cache"
+    code, result, stderr = run("--source", raw, "--cache", cache, "--anonymise")
+    assert code == 3 and result["recordings"] == 6, stderr
+    for name, data in contents(cache).items():
+        if name == "build.json":  # the folder of the source, which the user chose
+            continue
+        assert b"4711" not in name.encode() + data and b"Jones" not in data, name
+    opened = Cache(cache)
+    assert sorted(set(opened.column("age"))) == [40, 50, 90] and "look" in opened.labels()
+    assert (tmp_path / "cache.key").stat().st_mode & 0o777 == 0o600
+    assert contents(cache) == (run("--source", raw, "--cache", cache, "--anonymise") and contents(cache))
+
+
+def test_causal_cache_equals_streaming(small, tmp_path):
+    from lib.edf import read_header, read_signals
+    from lib.filters import Causal
+
+    raw, _, _ = small
+    code, _, stderr = run("--source", raw, "--cache", tmp_path / "cache", "--causal", "--reference", "none")
+    assert code == 0, stderr
+    cache = Cache(tmp_path / "cache")
+    header = read_header(raw / "s00_rest.edf")
+    order = [NAMES.index(f"EEG {c.upper()}-REF") for c in cache.recordings[0].names]
+    x_CT = read_signals(header, order)
+    stream = Causal(200.0, 100.0, (0.5, 45.0), None, len(order))
+    rng, pieces, at = np.random.default_rng(0), [], 0
+    while at < x_CT.shape[1]:
+        n = int(rng.integers(1, 60))
+        pieces.append(stream.process(x_CT[:, at : at + n]))
+        at += n
+    streamed = np.concatenate(pieces, axis=1)
+    stored = cache.read([0], [0], cache.recordings[0].samples, unit="uV").x_BCT[0].numpy()
+    assert np.abs(streamed - stored).max() < 2e-3 * np.abs(streamed).max()  # float16
+
+
+def test_mne_engine_agrees(small, tmp_path):
+    pytest.importorskip("mne")
+    code, _, stderr = run("--source", small[0], "--cache", tmp_path / "cache", "--engine", "mne", "--scale", "none")
+    assert code == 0, stderr
+    assert run("--source", small[0], "--cache", tmp_path / "fft", "--scale", "none")[0] == 0
+    ours, theirs = (Cache(tmp_path / n).read([1], [0], 1600, unit="uV").x_BCT.numpy() for n in ("fft", "cache"))
+    assert (ours - theirs).std() < 1.5e-3 * theirs.std()
+
+
+def test_two_caches_read_as_one(small, tmp_path):
+    write_small(tmp_path / "raw", subjects=3, seed=5)
+    (tmp_path / "raw" / "dataset.toml").write_text(
+        (small[0] / "dataset.toml").read_text().replace('"small"', '"other"')
+    )
+    assert run("--source", tmp_path / "raw", "--cache", tmp_path / "cache")[0] == 0
+    both = Cache(small[1], tmp_path / "cache")
+    assert len(both.recordings) == 14 and len(both.windows()) == len(Cache(small[1]).windows()) + len(
+        Cache(tmp_path / "cache").windows()
+    )
+    alone, row = Cache(tmp_path / "cache"), 3
+    assert both.recordings[8 + row].key == alone.recordings[row].key
+    a, b = both.read([8 + row, 0], [100, 0], 400, unit="uV"), alone.read([row], [100], 400, unit="uV")
+    assert (a.x_BCT[0] == b.x_BCT[0]).all() and [e.label for e in both.events(8 + row)] == [
+        e.label for e in alone.events(row)
+    ]
+    with pytest.raises(Unusable, match="once more"):
+        Cache(small[1], small[1])
+    assert run("--source", tmp_path / "raw", "--cache", tmp_path / "fast", "--rate-hz", 200)[0] == 0
+    with pytest.raises(Unusable, match="rate_hz"):
+        Cache(small[1], tmp_path / "fast")

@@ -1,0 +1,115 @@
+"""Electrode names, profiles and spline interpolation."""
+
+import numpy as np
+import pytest
+
+from lib import channels
+from lib.errors import Rejected
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("EEG FP1-REF", "Fp1"),
+        ("EEG T3-LE", "T7"),
+        ("T6", "P8"),
+        ("Fc5.", "FC5"),
+        ("Iz..", "Iz"),
+        ("m1", "A1"),
+        ("E001", "E1"),
+        ("E129", "Cz"),
+        ("C3P", "C3P"),
+        ("EEG A2-A1", "A2-A1"),
+        ("EEG 31-REF", "31"),
+        ("FP1-F7", "FP1-F7"),
+        ("", ""),
+    ],
+)
+def test_canonical_is_exact(name, expected):
+    assert channels.canonical(name) == expected
+    assert channels.canonical(channels.canonical(name)) == expected
+
+
+def test_positions_are_mnes():
+    mne = pytest.importorskip("mne")
+    names = mne.channels.get_builtin_montages()
+    montage = mne.channels.make_standard_montage("colin27_1005" if "colin27_1005" in names else "standard_1005")
+    info = mne.create_info(montage.ch_names, 100.0, "eeg")
+    info.set_montage(montage)
+    for channel in info["chs"]:
+        if channel["ch_name"] in channels.POSITIONS:
+            assert np.allclose(channel["loc"][:3], channels.POSITIONS[channel["ch_name"]], atol=1e-4), channel[
+                "ch_name"
+            ]
+    # the HydroCel net was moved onto the same head: its equivalents of 10-20 electrodes lie within three centimetres of them
+    for ours, theirs in (("E36", "C3"), ("E104", "C4"), ("E11", "Fz"), ("E62", "Pz"), ("E70", "O1"), ("E22", "Fp1")):
+        assert np.linalg.norm(np.subtract(channels.POSITIONS[ours], channels.POSITIONS[theirs])) < 0.03
+    assert sum(n.startswith("E") and n[1:].isdigit() for n in channels.POSITIONS) == 128
+
+
+def test_all_takes_known_electrodes_in_canonical_order():
+    names = ["EEG O1-REF", "EEG FP1-REF", "EEG EKG1-REF", "EEG 31-REF", "EEG A2-A1", "EEG CZ-REF"]
+    picked = channels.select(names, [channels.kind(n) for n in names], "all")
+    assert picked.names == ("Fp1", "Cz", "O1") and picked.indices == (1, 5, 0)
+    assert picked.dropped == ("EEG EKG1-REF", "EEG 31-REF", "EEG A2-A1")
+
+
+def test_unknown_names_only_where_no_electrode_is_known_or_the_user_named_them():
+    kinds = ["unknown", "unknown", "eeg"]
+    assert channels.select(["x", "y", "Cz"], kinds, "all").names == ("Cz",)
+    assert channels.select(["x", "y", "Cz"], kinds, "all", stated=True).names == ("Cz", "x", "y")
+    assert channels.select(["x", "y"], kinds[:2], "all").names == ("x", "y")
+    with pytest.raises(Rejected, match="no_eeg_channels"):
+        channels.select(["ECG", "EMG"], ["ecg", "emg"], "all")
+
+
+def test_biosemi_names_are_no_ear_lobes():
+    names = [f"A{i}" for i in range(1, 17)]
+    picked = channels.select(names, ["eeg"] * 16, "all")
+    assert picked.names == tuple(names) and picked.indices == tuple(range(16))
+
+
+def test_duplicates():
+    names, kinds = ["C3", "C3", "C4"], ["eeg"] * 3
+    with pytest.raises(Rejected, match="ambiguous_channel"):
+        channels.select(names, kinds, "all")
+    assert channels.select(names, kinds, "all", identical=lambda a, b: True).indices == (0, 2)
+    with pytest.raises(Rejected, match="ambiguous_channel"):
+        channels.select(["T3", "T7"], kinds[:2], "T7")  # two names of one electrode
+    assert channels.select(["C3", "C3", "Cz"], kinds, "Cz").indices == (2,)  # not wanted, so no matter
+
+
+def test_profiles_and_missing():
+    names = [n for n in channels.TEN_TWENTY if n not in ("Fz", "Pz")]
+    kinds = ["eeg"] * len(names)
+    picked = channels.select(names, kinds, "tuh19")
+    assert picked.missing == ("Fz", "Pz") and picked.indices[picked.names.index("Fz")] == -1
+    with pytest.raises(Rejected, match="missing_channel: Fz, Pz"):
+        channels.select(names, kinds, "tuh19", max_missing=0)
+    assert channels.select(names, kinds, "tuh21").missing == ("Fz", "Pz", "A1", "A2")
+    with pytest.raises(Rejected, match="missing_channel"):
+        channels.select(names[4:], kinds[4:], "tuh19")
+    with pytest.raises(Rejected, match="missing_channel"):
+        channels.select(names, kinds, "Fp1,Oz")
+
+
+def test_splines_equal_mnes():
+    mne = pytest.importorskip("mne")
+    from mne.channels.interpolation import _make_interpolation_matrix
+
+    sources, targets = [n for n in channels.TEN_TWENTY if n not in ("Fz", "Pz")], ["Fz", "Pz"]
+    on_sphere = [
+        np.array([channels.POSITIONS[n] for n in group]) - channels.SPHERE_CENTRE_M for group in (sources, targets)
+    ]
+    expected = _make_interpolation_matrix(*on_sphere, alpha=1e-5)
+    assert np.allclose(channels.spline_weights(sources, targets), expected, atol=2e-3)
+    assert mne.__version__
+    with pytest.raises(Rejected, match="no position"):
+        channels.spline_weights(sources, ["x1"])
+
+
+def test_reference_channels():
+    assert channels.reference_channels("A1,A2", ["EEG A2-REF", "C3", "M1"]) == [2, 0]
+    assert channels.reference_channels("average", ["C3"]) == []
+    with pytest.raises(Rejected, match="missing_reference"):
+        channels.reference_channels("Fz", ["C3"])

@@ -1,0 +1,420 @@
+"""kernels/: the C++ against its plain-PyTorch meaning, the errors of both, the build, and the life without a compiler."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.library import opcheck
+
+import kernels
+from kernels import build, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [(1, 1), (7, 1), (8, 8), (16, 16), (17, 3), (31, 13), (400, 21), (401, 21), (251, 129), (64, 256), (33, 260), (3001, 19)]
+
+
+@pytest.fixture(params=["reference", "c++"])
+def gather(request, monkeypatch):
+    """kernels.gather_windows on one of its two paths."""
+    if request.param == "reference":
+        monkeypatch.setattr(kernels, "_path", "reference")
+    elif kernels.path() == "reference":
+        pytest.skip("no C++ here: python kernels/build.py says why")
+    return kernels.gather_windows
+
+
+@pytest.fixture
+def needs_cpp():
+    if kernels.path() == "reference":
+        pytest.skip("no C++ here: python kernels/build.py says why")
+
+
+class Case:
+    """Files of random float16 with every kind of value in them, and windows at random places."""
+
+    def __init__(self, folder: Path, samples=64, channels=(5,), windows=6, seed=0, header=128, out_channels=None):
+        rng = np.random.default_rng(seed)
+        self.samples, self.files, self.signals = samples, [], []
+        for i, width in enumerate(channels):
+            x_TC = rng.normal(0, 8, (samples + 50, width)).astype(np.float16)
+            x_TC.reshape(-1)[rng.integers(0, x_TC.size, 1 + x_TC.size // 20)] = rng.choice(
+                np.array([np.nan, np.inf, -np.inf, -0.0, 6e-8, -3e-5, 65504, 15, -15], np.float16), 1 + x_TC.size // 20
+            )
+            path = folder / f"{samples}-{width}-{i}-{seed}.bin"
+            path.write_bytes(b"h" * header + x_TC.tobytes())
+            self.files.append(os.open(path, os.O_RDONLY))
+            self.signals.append(torch.from_numpy(x_TC))
+        self.file_B = torch.from_numpy(rng.integers(0, len(channels), windows))
+        self.start_B = torch.from_numpy(rng.integers(0, 51, windows))
+        width_B = torch.tensor(channels)[self.file_B]
+        width = max(channels) if out_channels is None else out_channels
+        low_high = (torch.full((windows, 1), -1), width_B[:, None])
+        map_BC = torch.from_numpy(rng.integers(*low_high, (windows, width)))
+        gain_BC, bias_BC = (torch.from_numpy(rng.normal(size=(windows, width)).astype(np.float32)) for _ in range(2))
+        fds_B = torch.tensor(self.files, dtype=torch.int64)[self.file_B]
+        offsets_B = header + 2 * width_B * self.start_B
+        self.args = [fds_B, offsets_B, width_B, map_BC.to(torch.int32), gain_BC, bias_BC, samples]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for fd in self.files:
+            os.close(fd)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit pattern, with every NaN the same."""
+    return torch.where(x.isnan(), torch.nan, x).view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def meaning(case: Case, clip: float = 15.0, dtype=torch.float32) -> torch.Tensor:
+    """What comes out, written once more and without any reading."""
+    _, _, _, map_BC, gain_BC, bias_BC, samples = case.args
+    x_BCT = torch.zeros(*map_BC.shape, samples)
+    for b, (file, start) in enumerate(zip(case.file_B, case.start_B)):
+        for c, channel in enumerate(map_BC[b].tolist()):
+            if channel >= 0:
+                x_T = case.signals[file][start : start + samples, channel].float().clamp(-clip, clip)
+                x_T = x_T if gain_BC is None else x_T * gain_BC[b, c]
+                x_BCT[b, c] = x_T if bias_BC is None else x_T + bias_BC[b, c]
+    return x_BCT.to(dtype)
+
+
+@pytest.mark.parametrize("samples, width", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_its_meaning_bit_for_bit(gather, tmp_path, samples, width, dtype):
+    with Case(tmp_path, samples, (width,), windows=3, seed=width) as case:
+        torch.testing.assert_close(
+            bits(gather(*case.args, clip=15.0, dtype=dtype)), bits(meaning(case, dtype=dtype)), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("header", [0, 1, 63, 127, 4095])
+def test_any_byte_offset(gather, tmp_path, header):
+    with Case(tmp_path, 123, (7, 21), windows=5, header=header) as case:
+        assert torch.equal(bits(gather(*case.args, clip=15.0)), bits(meaning(case)))
+
+
+def test_batches_mix_files_of_any_width(gather, tmp_path):
+    with Case(tmp_path, 77, (1, 2, 19, 64, 129), windows=40, out_channels=32) as case:
+        assert torch.equal(bits(gather(*case.args, clip=15.0)), bits(meaning(case)))
+
+
+def test_windows_larger_than_a_block(gather, tmp_path):
+    with Case(tmp_path, 5003, (129,), windows=2) as case:
+        assert torch.equal(bits(gather(*case.args, clip=15.0)), bits(meaning(case)))
+
+
+def test_every_map(gather, tmp_path):
+    with Case(tmp_path, 50, (21,), windows=5) as case:
+        whole = torch.arange(21, dtype=torch.int32)
+        case.args[3] = torch.stack([whole, whole.flip(0), torch.full_like(whole, -1), torch.full_like(whole, 20), whole // 2])
+        x_BCT = gather(*case.args, clip=15.0)
+        assert torch.equal(bits(x_BCT), bits(meaning(case)))
+        assert not x_BCT[2].any(), "an absent channel is zero, whatever its bias"
+
+
+def test_gain_and_bias_are_optional_and_keep_the_sign_of_zero(gather, tmp_path):
+    for gain, bias in ((False, False), (True, False), (False, True)):
+        with Case(tmp_path, 60, (3,), windows=4) as case:
+            case.args[4:6] = [case.args[4] if gain else None, case.args[5] if bias else None]
+            assert torch.equal(bits(gather(*case.args, clip=15.0)), bits(meaning(case)))
+
+
+def test_clip(gather, tmp_path):
+    with Case(tmp_path, 200, (5,)) as case:
+        case.args[4:6] = [None, None]
+        assert torch.equal(bits(gather(*case.args)), bits(meaning(case, clip=float("inf"))))
+        x_BCT = gather(*case.args, clip=0.5)
+        assert x_BCT.isnan().any() and x_BCT.nan_to_num().abs().max() == 0.5  # NaN stays, infinity is clipped
+
+
+def test_bfloat16_rounds_to_nearest_even(gather, tmp_path):
+    path = tmp_path / "all"
+    path.write_bytes(np.arange(65536, dtype=np.uint16).tobytes())  # every float16 there is
+    gain = torch.tensor([[1.0, 1 + 2**-8, 3.0, 1e38, 1e-40]])
+    with open(path, "rb") as file:
+        one = torch.ones(1, dtype=torch.int64)
+        args = [one * file.fileno(), one * 0, one, torch.zeros(1, 5, dtype=torch.int32), gain, None, 65536]
+        x_BCT = gather(*args, dtype=torch.bfloat16)
+    x_T = torch.arange(65536).to(torch.uint16).view(torch.float16).float()
+    assert torch.equal(bits(x_BCT[0]), bits((x_T * gain[0, :, None]).bfloat16()))
+
+
+@pytest.mark.parametrize("windows, channels, samples", [(0, 5, 10), (2, 0, 10), (2, 5, 0), (0, 0, 0)])
+def test_empty(gather, tmp_path, windows, channels, samples):
+    with Case(tmp_path, samples, (5,), windows=windows, out_channels=channels) as case:
+        assert gather(*case.args, clip=15.0).shape == (windows, channels, samples)
+
+
+def test_inputs_may_be_strided_and_out_is_filled(gather, tmp_path):
+    with Case(tmp_path, 90, (6,), windows=4) as case:
+        expected = meaning(case)
+        fds, offsets, widths, map_BC, gain, bias, samples = case.args
+        wide = [torch.stack([x, x + 9], -1)[..., 0] for x in (fds, offsets, widths)]
+        turned = [x.T.contiguous().T for x in (map_BC, gain, bias)]
+        assert not any(x.is_contiguous() for x in wide + turned)
+        out = torch.full((4, 6, 90), torch.nan)
+        assert gather(*wide, *turned, samples, clip=15.0, out=out) is out
+        assert torch.equal(bits(out), bits(expected))
+        one_recording = [fds[:1].expand(4), widths[:1].expand(4)]
+        assert torch.equal(bits(gather(one_recording[0], offsets, one_recording[1], *case.args[3:], clip=15.0)), bits(expected))
+
+
+def test_a_file_that_ends_too_early_is_named(gather, tmp_path):
+    with Case(tmp_path, 64, (5,), windows=6) as case:
+        case.args[1][[2, 4]] += 2 * 5 * 100
+        with pytest.raises(kernels.UnreadableWindow, match=r"window 2 of the batch: the file ends after \d+ of its 640 bytes") as info:
+            gather(*case.args, clip=15.0)
+        assert info.value.window == 2 and info.value.errno == errno.ENODATA
+        case.args[1][2] = 1 << 40
+        with pytest.raises(kernels.UnreadableWindow, match="after 0 of"):
+            gather(*case.args, clip=15.0)
+
+
+def test_a_bad_file_is_named(gather, tmp_path):
+    with Case(tmp_path, 64, (5,), windows=6) as case, open(tmp_path / "w", "wb") as unreadable:
+        for fd, code in ((-1, errno.EBADF), (99999, errno.EBADF), (unreadable.fileno(), errno.EBADF)):
+            case.args[0][3] = fd
+            with pytest.raises(kernels.UnreadableWindow, match="window 3 of the batch") as info:
+                gather(*case.args, clip=15.0)
+            assert (info.value.window, info.value.errno) == (3, code)
+
+
+@pytest.mark.parametrize(
+    "place, change, error, says",
+    [
+        (0, lambda x: x.int(), TypeError, "fds must be torch.int64"),
+        (1, lambda x: x.float(), TypeError, "offsets must be torch.int64"),
+        (3, lambda x: x.long(), TypeError, "map must be torch.int32"),
+        (4, lambda x: x.double(), TypeError, "gain must be torch.float32"),
+        (4, lambda x: x.to("meta"), TypeError, "gain must be torch.float32 on the CPU, not torch.float32 on meta"),
+        (0, lambda x: x[:-1], ValueError, "fds must have one entry for each of the 6 windows"),
+        (2, lambda x: x[:, None], ValueError, "file_channels must have one entry"),
+        (3, lambda x: x[0], ValueError, "map must be B x C"),
+        (5, lambda x: x[:, :-1], ValueError, "bias must be B x C"),
+        (1, lambda x: x - 10**6, ValueError, "window 0: byte offset -"),
+        (2, lambda x: x * 0, ValueError, "window 0: a file of 0 channels"),
+        (3, lambda x: x * 0 + 5, ValueError, "window 0: channel 5 of a file of 5 channels"),
+        (3, lambda x: x * 0 - 2, ValueError, "window 0: channel -2 of a file of 5 channels"),
+        (3, lambda x: x * 0 + 2**31 - 1, ValueError, "window 0: channel 2147483647"),
+    ],
+)
+def test_wrong_arguments_are_named(gather, tmp_path, place, change, error, says):
+    with Case(tmp_path, 64, (5,), windows=6) as case:
+        case.args[place] = change(case.args[place])
+        with pytest.raises(error, match=re.escape(says)):
+            gather(*case.args, clip=15.0)
+
+
+def test_wrong_outputs_are_named(gather, tmp_path):
+    with Case(tmp_path, 64, (5,), windows=6) as case:
+        with pytest.raises(TypeError, match="float32 or bfloat16, not torch.float16"):
+            gather(*case.args, dtype=torch.float16)
+        with pytest.raises(ValueError, match=r"out must be contiguous and \(6, 5, 64\), not \(6, 5, 63\)"):
+            gather(*case.args, out=torch.empty(6, 5, 63))
+        with pytest.raises(ValueError, match="out must be contiguous"):
+            gather(*case.args, out=torch.empty(5, 6, 64).transpose(0, 1))
+        for clip in (0.0, -1.0, float("nan")):
+            with pytest.raises(ValueError, match="clip must be positive"):
+                gather(*case.args, clip=clip)
+
+
+def test_the_generic_path_and_any_number_of_threads_agree(needs_cpp, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        with Case(tmp_path, 400, (64, 21), windows=100, out_channels=40) as case:
+            expected = bits(meaning(case))
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                assert torch.equal(bits(kernels.gather_windows(*case.args, clip=15.0)), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_python_threads_at_once(gather, tmp_path):
+    torch.set_num_threads(2)
+    try:
+        with Case(tmp_path, 400, (21, 64), windows=60, out_channels=30) as case:
+            expected, same = bits(meaning(case)), []
+
+            def read():
+                same.extend(torch.equal(bits(gather(*case.args, clip=15.0)), expected) for _ in range(3))
+
+            threads = [threading.Thread(target=read) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert same == [True] * 24
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_gil_is_free_while_windows_are_read(needs_cpp, tmp_path):
+    """A read that never ends (a FIFO can't be pread, so: a slow one) lets other Python threads run."""
+    with Case(tmp_path, 4000, (200,), windows=60) as case:
+        ticks, stop = [], threading.Event()
+        counter = threading.Thread(target=lambda: [ticks.append(1) for _ in iter(stop.is_set, True)])
+        kernels.gather_windows(*case.args)
+        counter.start()
+        before = len(ticks)
+        torch.ops.berger.gather_windows(*case.args[:6], 15.0, torch.empty(*case.args[3].shape, 4000))
+        during = len(ticks) - before
+        stop.set()
+        counter.join()
+        assert during > 1000, f"the other thread ran {during} times"
+
+
+def test_a_forked_process_reads_too(needs_cpp, tmp_path):
+    """A DataLoader's workers are forked after the parent has used its threads."""
+    torch.set_num_threads(2)
+    try:
+        with Case(tmp_path, 400, (21,), windows=100) as case:
+            expected = bits(kernels.gather_windows(*case.args, clip=15.0))
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(bits(kernels.gather_windows(*case.args, clip=15.0)), expected) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_cold_files(gather, tmp_path):
+    with Case(tmp_path, 3000, (21, 8), windows=20) as case:
+        for fd in case.files:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert torch.equal(bits(gather(*case.args, clip=15.0)), bits(meaning(case)))
+
+
+def test_opcheck(needs_cpp, tmp_path):
+    with Case(tmp_path, 40, (5,), windows=3) as case:
+        out = torch.empty(3, 5, 40)
+        opcheck(torch.ops.berger.gather_windows.default, (*case.args[:6], 15.0, out))
+        opcheck(torch.ops.berger.gather_windows.default, (*case.args[:4], None, None, 15.0, out.bfloat16()))
+
+
+def test_the_operator_checks_for_itself(needs_cpp, tmp_path):
+    """torch.ops.berger can be called without the wrapper; it must not be able to read or write elsewhere."""
+    operator = torch.ops.berger.gather_windows
+    with Case(tmp_path, 40, (5,), windows=3) as case:
+        out, args = torch.empty(3, 5, 40), case.args[:6]
+        wrong = [
+            [*args, 15.0, out[:2]],
+            [*args, 15.0, out.transpose(0, 1)],
+            [*args, 15.0, out.double()],
+            [*args, 0.0, out],
+            [args[0][:1], *args[1:], 15.0, out],
+            [*args[:3], args[3][:, :2], *args[4:], 15.0, out],
+            [*args[:4], args[4][:1], args[5], 15.0, out],
+            [args[0] + 2**40, *args[1:], 15.0, out],
+            [*args[:2], args[2] * 2**60, *args[3:], 15.0, out],
+            [args[0], args[1] + 2**62, *args[2:], 15.0, out],
+        ]
+        for arguments in wrong:
+            with pytest.raises((ValueError, RuntimeError)):
+                operator(*arguments)
+
+
+def run(code: str, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+
+
+READ = """
+import torch, kernels
+one = torch.ones(1, dtype=torch.int64)
+with open("LICENSE", "rb") as f:
+    for _ in range(2):
+        x = kernels.gather_windows(one * f.fileno(), one * 0, one * 3, torch.arange(3, dtype=torch.int32)[None], None, None, 50)
+print(kernels.path(), x.double().nan_to_num().sum().item())
+"""
+
+
+def test_without_kernels_everything_works_and_says_so_once(needs_cpp):
+    off, on, no_compiler = run(READ, BERGER_KERNELS="0"), run(READ), run(READ, CXX="/nonexistent/g++")
+    assert off.returncode == on.returncode == no_compiler.returncode == 0, off.stderr + on.stderr + no_compiler.stderr
+    assert off.stdout.split()[0] == "reference" and on.stdout.startswith("c++ (")
+    assert off.stdout.split()[-1] == on.stdout.split()[-1]
+    assert off.stderr.count("kernels: ") == 1 and "BERGER_KERNELS=0" in off.stderr
+    assert on.stderr.count("kernels: C++") == 1
+    assert no_compiler.stdout.startswith("c++"), "a library that is there needs no compiler"
+    assert "kernels:" not in run(READ, LOCAL_RANK="1").stderr, "one rank speaks"
+
+
+def test_importing_compiles_nothing():
+    code = "import sys, kernels; print('kernels.build' in sys.modules, kernels._path)"
+    assert run(code).stdout.split() == ["False", "None"]
+
+
+@pytest.fixture
+def empty_build(tmp_path, monkeypatch):
+    """A checkout in which nothing has been compiled, with a small source in it."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cpp").write_text("extern \"C\" int answer() { return 42; }\n")
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    if build.compiler() is None:
+        pytest.skip("no g++")
+    return tmp_path
+
+
+def test_many_processes_compile_once(empty_build):
+    said = []
+    threads = [threading.Thread(target=lambda: build.build(said.append)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum("compiling" in line for line in said) == 1
+    assert build.library().exists() and not list(empty_build.glob("*.so.*"))
+
+
+def test_a_changed_source_or_torch_is_another_library(empty_build, monkeypatch):
+    first = build.build()
+    (empty_build / "csrc" / "a.cpp").write_text("extern \"C\" int answer() { return 43; }\n")
+    second = build.library()
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert len({first, second, build.library()}) == 3 and not second.exists()
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(empty_build, monkeypatch):
+    (empty_build / "csrc" / "a.cpp").write_text("int answer() { return nothing; }\n")
+    with pytest.raises(build.BuildFailed, match=r"failed: .*error: .*nothing") as info:
+        build.build()
+    assert "\n" not in str(info.value) and not build.library().exists() and not list(empty_build.glob("*.so.*"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildFailed, match="no g\\+\\+"):
+        build.build()
+
+
+def test_the_reference_is_what_runs_without_a_library(monkeypatch, tmp_path, capsys):
+    def fail(say):
+        raise build.BuildFailed("there is no g++")
+
+    monkeypatch.setattr(build, "build", fail)
+    monkeypatch.setattr(kernels, "_path", None)
+    with Case(tmp_path, 30, (4,)) as case:
+        assert torch.equal(bits(kernels.gather_windows(*case.args, clip=15.0)), bits(meaning(case)))
+    assert kernels.path() == "reference"
+    assert capsys.readouterr().err == "kernels: plain PyTorch, slower, because there is no g++\n"
+
+
+def test_reference_reads_on_after_a_partial_read(monkeypatch, tmp_path):
+    """The system may return less than asked for, without the file having ended."""
+    path = tmp_path / "x"
+    path.write_bytes(np.arange(600, dtype=np.float16).tobytes())
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole(fd, [buffers[0][:100]], offset))
+    with open(path, "rb") as file:
+        x_TC = reference.read_samples(0, file.fileno(), 200, 100, 3)
+    assert torch.equal(x_TC.flatten(), torch.arange(100, 400).half())

@@ -1,0 +1,327 @@
+"""Encoder, predictor, optimiser and loss: what must not change the result, and what must."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib.channels import POSITIONS, TEN_TWENTY
+from lib.errors import Unusable
+from lib.losses import layer_normed, loss_latent
+from lib.masks import draw_masks
+from lib.metrics import effective_rank, feature_std
+from lib.models import Architecture, Predictor, build_encoder, load_encoder, save_encoder, take
+from lib.optim import decay_groups, ema_momentum, ema_update, warmup_cosine
+from lib.tensors import load_tensors, save_tensors
+
+SMALL = Architecture(d_model=32, layers=2, heads=2, patch=25, rate_hz=100.0)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return build_encoder(SMALL)
+
+
+def windows(batch: int = 3, channels: int = 7, patches: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    positions_C3 = torch.tensor([POSITIONS[n] for n in TEN_TWENTY[:channels]])
+    return torch.randn(batch, channels, patches * SMALL.patch), positions_C3.repeat(batch, 1, 1)
+
+
+def close(a, b, tolerance=1e-5):
+    return (a - b).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "sizes", [Architecture(), SMALL, Architecture(d_model=48, layers=1, heads=3, patch=10, rate_hz=50)]
+)
+def test_shapes(sizes):
+    encoder = build_encoder(sizes)
+    x_BCT, positions_BC3 = torch.randn(2, 5, 3 * sizes.patch), torch.randn(2, 5, 3) / 10
+    assert encoder(x_BCT, positions_BC3).shape == (2, 15, sizes.d_model)
+    ids_BK = torch.tensor([[0, 4, 14], [1, 2, 3]])
+    z_BKD = encoder(x_BCT, positions_BC3, ids_BK=ids_BK)
+    assert z_BKD.shape == (2, 3, sizes.d_model)
+    predicted_BMD = Predictor(sizes, 2)(z_BKD, positions_BC3, 3, ids_BK, torch.tensor([[5, 6], [7, 8]]))
+    assert predicted_BMD.shape == (2, 2, sizes.d_model)
+
+
+def test_base_preset_has_the_size_of_a_vit_small():
+    with torch.device("meta"):
+        encoder = build_encoder(Architecture(d_model=512, layers=12, heads=8))
+    assert 37e6 < sum(p.numel() for p in encoder.parameters()) < 39e6
+
+
+def test_permuting_channels_permutes_the_features(encoder):
+    x_BCT, positions_BC3 = windows()
+    order = torch.randperm(7)
+    straight = encoder(x_BCT, positions_BC3).unflatten(1, (7, 4))
+    assert close(encoder(x_BCT[:, order], positions_BC3[:, order]).unflatten(1, (7, 4)), straight[:, order])
+
+
+def test_padding_and_bad_channels_change_nothing(encoder):
+    x_BCT, positions_BC3 = windows()
+    alone = encoder(x_BCT, positions_BC3).unflatten(1, (7, 4))
+    wide_BCT, wide_BC3 = 100 * torch.randn(3, 12, 100), torch.full((3, 12, 3), torch.nan)
+    mask_BC = torch.zeros(3, 12, dtype=torch.bool)
+    places = torch.tensor([0, 2, 3, 4, 7, 8, 11])  # bad channels in between and at the end
+    wide_BCT[:, places], wide_BC3[:, places], mask_BC[:, places] = x_BCT, positions_BC3, True
+    assert close(encoder(wide_BCT, wide_BC3, mask_BC).unflatten(1, (12, 4))[:, places], alone)
+
+
+def test_one_montage_alone_or_in_a_mixed_batch(encoder):
+    x_BCT, positions_BC3 = windows(2, 7)
+    alone = encoder(x_BCT[:1, :4], positions_BC3[:1, :4])
+    mask_BC = torch.ones(2, 7, dtype=torch.bool)
+    mask_BC[0, 4:] = False
+    assert close(encoder(x_BCT, positions_BC3, mask_BC)[0, :16], alone[0])
+
+
+def test_context_encoder_sees_nothing_but_the_visible_tokens(encoder):
+    x_BCT, positions_BC3 = windows()
+    ids_BK = torch.tensor([[0, 5, 6, 9]]).repeat(3, 1)
+    z_BKD = encoder(x_BCT, positions_BC3, ids_BK=ids_BK)
+    other_BCT = torch.randn_like(x_BCT).unflatten(2, (4, 25))
+    for n in ids_BK[0].tolist():
+        other_BCT[:, n // 4, n % 4] = x_BCT.unflatten(2, (4, 25))[:, n // 4, n % 4]
+    assert torch.equal(encoder(other_BCT.flatten(2), positions_BC3, ids_BK=ids_BK), z_BKD)
+    # all tokens named one by one are the whole grid
+    everything_BK = torch.arange(28).repeat(3, 1)
+    assert close(encoder(x_BCT, positions_BC3, ids_BK=everything_BK), encoder(x_BCT, positions_BC3))
+    # filled-up ids are ignored
+    filled_BK = torch.cat([ids_BK, torch.zeros(3, 2, dtype=torch.long)], 1)
+    real_BK = torch.tensor([[True] * 4 + [False] * 2]).repeat(3, 1)
+    assert close(encoder(x_BCT, positions_BC3, None, filled_BK, real_BK)[:, :4], z_BKD)
+
+
+def test_place_and_time_matter(encoder):
+    x_BCT, positions_BC3 = windows(1)
+    z_BND = encoder(x_BCT, positions_BC3)
+    assert not close(encoder(x_BCT, positions_BC3.flip(1)), z_BND, 1e-3)
+    moved_BCT = x_BCT.unflatten(2, (4, 25)).flip(2).flatten(2)
+    assert not close(encoder(moved_BCT, positions_BC3).unflatten(1, (7, 4)).flip(2).flatten(1, 2), z_BND, 1e-3)
+    assert close(encoder(x_BCT, positions_BC3 + 1e-4), z_BND, 0.05)  # a tenth of a millimetre doesn't
+
+
+def test_an_electrode_without_a_position_is_not_at_the_origin(encoder):
+    x_BCT, positions_BC3 = windows(1)
+    nowhere, origin = positions_BC3.clone(), positions_BC3.clone()
+    nowhere[:, 2], origin[:, 2] = torch.nan, 0.0
+    z_BND = encoder(x_BCT, nowhere)
+    assert z_BND.isfinite().all() and not close(z_BND, encoder(x_BCT, origin), 1e-3)
+    z_BND.sum().backward()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
+    assert encoder.place.unplaced_D.grad.abs().sum() > 0
+
+
+def test_spectrum_is_calibrated_and_keeps_amplitude(encoder):
+    t = torch.arange(25) / 100
+    x_KS = torch.randn(500, 25) + 5 * torch.sin(2 * math.pi * (8 * t + torch.rand(500, 1)))
+    encoder.embed.calibrate(x_KS)
+    standard_KF = (encoder.embed.log_amplitude(x_KS) - encoder.embed.level_F) / encoder.embed.spread_F
+    assert close(standard_KF.mean(0), torch.zeros(13), 1e-4) and (standard_KF.std(0) <= 1.001).all()
+    # random phase leaves the spectrum of a rhythm alone, amplitude moves it
+    assert encoder.embed.log_amplitude(2 * x_KS).mean() > encoder.embed.log_amplitude(x_KS).mean() + 0.5
+    assert encoder.embed.log_amplitude(torch.zeros(1, 25)).isfinite().all()
+
+
+def test_predictions_at_two_targets_of_a_window_differ(encoder):
+    x_BCT, positions_BC3 = windows()
+    context_BK, target_BM = torch.arange(8).repeat(3, 1), torch.tensor([[8, 9, 12, 27]]).repeat(3, 1)
+    predictor = Predictor(SMALL, 2)
+    predicted_BMD = predictor(encoder(x_BCT, positions_BC3, ids_BK=context_BK), positions_BC3, 4, context_BK, target_BM)
+    first, second = torch.triu_indices(4, 4, 1)
+    assert (
+        torch.cdist(predicted_BMD, predicted_BMD)[:, first, second].min() > 0.01
+    )  # in place (8 against 12), in time (8 against 9) and in both
+    assert not close(predicted_BMD[0], predicted_BMD[1], 1e-4)  # and depend on what the context says
+
+
+def test_padded_context_does_not_reach_the_prediction(encoder):
+    x_BCT, positions_BC3 = windows()
+    context_BK, target_BM = torch.tensor([[1, 4, 9]] * 3), torch.tensor([[8, 20]] * 3)
+    predictor = Predictor(SMALL, 2)
+    z_BKD = encoder(x_BCT, positions_BC3, ids_BK=context_BK)
+    straight = predictor(z_BKD, positions_BC3, 4, context_BK, target_BM)
+    filled_BK, real_BK = torch.cat([context_BK, context_BK * 0], 1), torch.tensor([[True] * 3 + [False] * 3] * 3)
+    filled_BKD = torch.cat([z_BKD, 100 * torch.randn_like(z_BKD)], 1)
+    assert close(predictor(filled_BKD, positions_BC3, 4, filled_BK, target_BM, real_BK), straight)
+
+
+def test_loss_counts_real_targets_only_and_adds_up():
+    predicted_BMD, target_BMD = torch.randn(4, 6, 8), layer_normed(torch.randn(4, 6, 8) * 3 + 2)
+    assert close(target_BMD.mean(2), torch.zeros(4, 6)) and close(
+        target_BMD.var(2, unbiased=False), torch.ones(4, 6), 1e-3
+    )
+    real_BM = torch.rand(4, 6) < 0.6
+    naive = 0.0
+    for b, m in real_BM.nonzero().tolist():
+        e = (predicted_BMD[b, m] - target_BMD[b, m]).abs()
+        naive += float(torch.where(e < 1, 0.5 * e * e, e - 0.5).mean())
+    assert float(loss_latent(predicted_BMD, target_BMD, real_BM)) == pytest.approx(naive, rel=1e-5)
+    parts = sum(loss_latent(predicted_BMD[i : i + 1], target_BMD[i : i + 1], real_BM[i : i + 1]) for i in range(4))
+    assert float(parts) == pytest.approx(naive, rel=1e-5)
+    predicted_BMD[~real_BM] = torch.inf
+    assert float(loss_latent(predicted_BMD, target_BMD, real_BM)) == pytest.approx(naive, rel=1e-5)
+
+
+def test_ema_equals_its_formula_in_double_precision(encoder):
+    teacher = copy.deepcopy(encoder).requires_grad_(False)
+    expected = {n: p.double().clone() for n, p in teacher.named_parameters()}
+    for step in range(20):
+        with torch.no_grad():
+            for p in encoder.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        m = ema_momentum(step, 20, 0.9)
+        ema_update(teacher, encoder, m)
+        expected = {n: m * expected[n] + (1 - m) * p.double() for n, p in encoder.named_parameters()}
+    assert all(close(p.double(), expected[n], 1e-6) for n, p in teacher.named_parameters())
+
+
+def test_schedules():
+    assert ema_momentum(0, 100, 0.996) == 0.996 and ema_momentum(50, 100, 0.996) == pytest.approx(0.998)
+    assert ema_momentum(100, 100, 0.996) == 1
+    rates = [warmup_cosine(s, 100, 2.0, 10) for s in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0 and rates[99] == pytest.approx(0)
+    assert np.argmax(rates) == 9 and (np.diff(rates[10:]) < 0).all()
+    middle = 10 + (99 - 10) / 2
+    assert warmup_cosine(int(middle), 100, 2.0, 10) == pytest.approx(1 + math.cos(math.pi * (int(middle) - 10) / 89))
+    assert warmup_cosine(0, 1, 1.0, 1) == 1.0
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(encoder):
+    model = torch.nn.ModuleDict({"encoder": encoder, "predictor": Predictor(SMALL, 2)})
+    decayed, kept = decay_groups(model, 0.05)
+    assert decayed["weight_decay"] == 0.05 and kept["weight_decay"] == 0
+    ids = [id(p) for g in (decayed, kept) for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
+    in_decayed = {id(p) for p in decayed["params"]}
+    for name, p in model.named_parameters():
+        wanted = name.endswith("weight") and "norm" not in name and "place" not in name
+        assert (id(p) in in_decayed) == wanted, name
+
+
+def test_collapse_is_visible_in_the_metrics():
+    torch.manual_seed(0)
+    healthy_BD, line_BD = torch.randn(400, 32), torch.randn(400, 1) * torch.randn(1, 32)
+    assert effective_rank(healthy_BD) > 28 and effective_rank(line_BD) < 1.01
+    assert effective_rank(healthy_BD + 100) == pytest.approx(
+        effective_rank(healthy_BD), rel=1e-4
+    )  # a common offset is no feature
+    assert effective_rank(torch.ones(10, 4)) == 1
+    assert 0.9 < feature_std(healthy_BD) < 1.1
+    assert feature_std(torch.randn(1, 32) + 1e-3 * healthy_BD) < 0.01
+
+
+def test_encoder_file_round_trip(tmp_path, encoder):
+    x_BCT, positions_BC3 = windows()
+    encoder.embed.calibrate(torch.randn(50, 25))
+    save_encoder(tmp_path / "encoder.safetensors", encoder, {"signal": {"rate_hz": 100.0}, "lineage": []})
+    loaded, meta = load_encoder(tmp_path / "encoder.safetensors")
+    assert torch.equal(loaded(x_BCT, positions_BC3), encoder(x_BCT, positions_BC3))
+    assert meta["architecture"]["d_model"] == 32 and meta["signal"] == {"rate_hz": 100.0}
+    assert load_file(tmp_path / "encoder.safetensors").keys() == encoder.state_dict().keys()  # anyone's reader reads it
+    assert list(tmp_path.iterdir()) == [tmp_path / "encoder.safetensors"]
+
+
+def test_damaged_encoder_files_are_refused(tmp_path, encoder):
+    good = tmp_path / "encoder.safetensors"
+    save_encoder(good, encoder, {"signal": {}, "lineage": []})
+    data = good.read_bytes()
+    bad = tmp_path / "bad.safetensors"
+    middle = len(data) // 2
+    damaged = {
+        "truncated": data[:-100],
+        "half": data[:middle],
+        "empty": b"",
+        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "other metadata": data.replace(b'\\"d_model\\":32', b'\\"d_model\\":64'),
+        "no safetensors": b"not a model" * 1000,
+    }
+    for name, content in damaged.items():
+        assert content != data, name
+        bad.write_bytes(content)
+        with pytest.raises(Unusable, match="bad.safetensors"):
+            load_encoder(bad)
+    with pytest.raises(Unusable, match="no file"):
+        load_encoder(tmp_path / "missing.safetensors")
+    save_tensors(bad, {"x": torch.ones(2)}, {"format": "something else"})
+    with pytest.raises(Unusable, match="something else"):
+        load_encoder(bad)
+
+
+def test_an_encoder_refuses_signals_unlike_its_own(tmp_path, encoder):
+    class Signals:
+        signal = {"kind": "eeg", "rate_hz": 100.0, "band_hz": [0.5, 45.0], "scale": "robust"}
+
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, encoder, {"signal": Signals.signal, "lineage": []})
+    load_encoder(path, Signals)
+    for name, value in (("rate_hz", 200.0), ("band_hz", None), ("scale", "none")):
+        other = type("Other", (), {"signal": Signals.signal | {name: value}})
+        with pytest.raises(Unusable, match=name):
+            load_encoder(path, other)
+
+
+def test_tensor_files_hold_scalars_and_empty_tensors(tmp_path):
+    tensors = {"a": torch.tensor(3.0), "b": torch.empty(0, 4), "c": torch.arange(5), "d": torch.ones(2, 3).T}
+    save_tensors(tmp_path / "t.safetensors", tensors, {"text": "µV", "n": [1, None]})
+    loaded, meta = load_tensors(tmp_path / "t.safetensors")
+    assert meta == {"text": "µV", "n": [1, None]} and all(torch.equal(loaded[k], v) for k, v in tensors.items())
+
+
+def test_sizes_that_do_not_fit_are_named():
+    for wrong, word in (
+        (Architecture(d_model=30, heads=4), "--d-model"),
+        (Architecture(patch=4), "--patch-s"),
+        (Architecture(encoder="lstm"), "--encoder"),
+    ):
+        with pytest.raises(Unusable, match=word):
+            build_encoder(wrong)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradient_reaches_all_of_the_model_and_none_of_the_teacher(encoder, mixed):
+    from train_jepa import JEPA, Part, jepa_loss
+
+    x_BCT, positions_BC3 = windows()
+    mask_BC = torch.ones(3, 7, dtype=torch.bool)
+    if mixed:
+        mask_BC[1, 5:] = mask_BC[2, 3:] = False
+    masks = draw_masks("spatiotemporal", positions_BC3, mask_BC, 4, 0.6, 0.09, 2, 0, 0, np.arange(3))
+    model, teacher = JEPA(encoder, 2), copy.deepcopy(encoder).requires_grad_(False)
+    loss = jepa_loss(model, teacher, Part(x_BCT, positions_BC3, mask_BC if mixed else None, masks))
+    loss.backward()
+    for name, p in model.named_parameters():
+        unused = name.endswith("unplaced_D")  # all electrodes have a place here
+        assert p.grad is not None and (unused or p.grad.abs().sum() > 0), name
+    assert all(p.grad is None for p in teacher.parameters())
+    # a window's share of the loss does not depend on the others
+    total = 0.0
+    for b in range(3):
+        own = int(mask_BC[b].sum())
+        one = draw_masks(
+            "spatiotemporal",
+            positions_BC3[b : b + 1, :own],
+            mask_BC[b : b + 1, :own],
+            4,
+            0.6,
+            0.09,
+            2,
+            0,
+            0,
+            np.array([b]),
+        )
+        total += float(
+            jepa_loss(model, teacher, Part(x_BCT[b : b + 1, :own], positions_BC3[b : b + 1, :own], None, one)).detach()
+        )
+    assert total == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_take_picks_tokens():
+    z_BND = torch.arange(24.0).reshape(2, 4, 3)
+    assert torch.equal(take(z_BND, torch.tensor([[3, 0], [1, 1]])), torch.stack([z_BND[0, [3, 0]], z_BND[1, [1, 1]]]))
