@@ -32,6 +32,7 @@ from lib.inspection import check_amplitude, inspect
 from lib.recordings import ReadSpec
 from lib.sources import Discovery, Source, discover
 
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 RECIPE = 1  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
 
 
@@ -139,7 +140,7 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
 
     Raises Rejected with the code under which the recording is quarantined.
     """
-    notes = list(recording.notes)
+    notes: list[str] = []
     picked = channels.select(
         recording.names,
         recording.kinds,
@@ -203,11 +204,11 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
     else:
         scale_C, offset_C = {"robust": filters.robust_scale, "zscore": filters.zscore}[signal["scale"]](full_CT)
     scale_C, offset_C = np.asarray(scale_C, np.float32), np.asarray(offset_C, np.float32)
-    full_CT -= offset_C[:, None]
-    full_CT /= scale_C[:, None]
-    limit = np.finfo(np.float16).max
-    np.clip(full_CT, -limit, limit, out=full_CT)
-    z_TC = np.ascontiguousarray(full_CT.astype(np.float16).T)
+    z_TC = np.empty(full_CT.shape[::-1], np.float16)
+    for block in range(0, len(z_TC), 4096):  # small enough to stay in the processor's cache
+        z_CB = (full_CT[:, block : block + 4096] - offset_C[:, None]) / scale_C[:, None]
+        z_TC[block : block + 4096] = np.clip(z_CB, -FLOAT16_MAX, FLOAT16_MAX).T
+    notes = [*recording.notes, *notes]  # the recording's last, because reading adds to them
     return Prepared(
         z_TC, picked.names, bad, interpolated, picked.missing, picked.dropped, scale_C, offset_C, segments, notes
     )
@@ -217,7 +218,13 @@ def _filter(x_CT: np.ndarray, rate_hz: float, segments: list, signal: dict) -> t
     """Filter and resample each segment by itself, so that nothing leaks over a gap; short ones are left out."""
     out_hz, band, notch = signal["rate_hz"], signal["band_hz"], signal["notch_hz"]
     pieces, kept, first = [], [], 0
-    spectral = None if signal["causal"] or signal["engine"] == "mne" else filters.Spectral(rate_hz, out_hz, band, notch)
+    try:
+        if signal["causal"]:
+            filters.Causal(rate_hz, out_hz, band, notch, len(x_CT))
+        elif signal["engine"] == "fft":
+            spectral = filters.Spectral(rate_hz, out_hz, band, notch)
+    except ValueError as error:
+        raise Rejected("rate_too_low", f"sampled at {rate_hz:g} Hz: {error}") from error
     for segment in segments:
         if segment.stop - segment.start < signal["min_seconds"] * rate_hz:
             continue
@@ -271,6 +278,7 @@ class Task:
 def cache_recording(task: Task) -> dict:
     """Cache one source, or quarantine it; either way a part file says so, unless the file could not be read at all."""
     source, signal = task.source, task.signal
+    filters.keep_freed_memory()
     part = {"key": source.key, "signal": store.digest(signal), "rules": source_rules(source)}
     part_path = task.directory / "parts" / f"{store.key_hash(source.key)}.json"
     try:

@@ -2,8 +2,8 @@
 Pretrain an EEG encoder by predicting the representations of hidden (electrode, time) tokens: JEPA, phase 1.
 
     python train_jepa.py                                              # the demo cohort's cache, two cores, minutes
-    python train_jepa.py --cache cache/a cache/b --run m50 --mask-ratio 0.5  # several caches, one change, one named run
-    python train_jepa.py --run m50 --resume                           # go on after a kill, as if nothing had happened
+    python train_jepa.py --cache cache/a cache/b --name m50 --mask-ratio 0.5  # several caches, one change, one named run
+    python train_jepa.py --name m50 --resume                           # go on after a kill, as if nothing had happened
     torchrun --nproc-per-node 8 train_jepa.py --preset base           # the same result from 8 processes
 
 Needs a cache (build_cache.py). A context encoder sees the visible tokens of a window, a teacher (its moving average) sees all, and
@@ -15,7 +15,6 @@ Shape letters: B windows, C channels, T samples, P patches per channel, N = C * 
 
 import copy
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from lib.precision import autocast, choose_dtype
 from lib.prefetch import Prefetch
 from lib.probe import Probe
 from lib.ranks import join
-from lib.run import Run, RunConfig, saved_config
+from lib.run import Pace, Run, RunConfig, due, saved_config
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.windows import Windows
 
@@ -107,11 +106,6 @@ class Part:
     positions_BC3: torch.Tensor
     mask_BC: torch.Tensor | None  # None: every channel is good
     masks: Masks
-
-    @property
-    def tokens(self) -> int:
-        """Context and targets of all windows."""
-        return self.masks.targets + self.masks.contexts
 
     def good_patches(self, patch: int) -> torch.Tensor:
         """The samples of all tokens of good channels."""
@@ -233,35 +227,14 @@ def check(cfg: Config, window: int, patch: int) -> None:
         raise Unusable(
             f"--window-s {cfg.window_s:g} is {window} samples, no whole number of patches of {patch} (--patch-s or --init)"
         )
-    if window == patch and cfg.mask in ("temporal",):
+    if window == patch and cfg.mask == "temporal":
         raise Unusable("--mask temporal needs windows of at least two patches: raise --window-s or lower --patch-s")
     if not (0 < cfg.mask_ratio < 1 and 0 <= cfg.ema <= 1 and 0 <= cfg.warmup <= 1):
         raise Unusable("--mask-ratio must lie between 0 and 1, and --ema and --warmup in 0 to 1")
-    positive = (
-        "batch",
-        "mask_patches",
-        "predictor_layers",
-        "lr",
-        "clip",
-        "log_every",
-        "val_windows",
-        "probe_windows",
-        "steps",
-        "epochs",
-    )
-    for name in positive:
+    for name in "batch mask_patches predictor_layers lr clip log_every val_windows probe_windows steps epochs".split():
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
-    for name in (
-        "micro",
-        "max_channels",
-        "eval_every",
-        "save_every",
-        "probe_every",
-        "mask_radius_m",
-        "weight_decay",
-        "seed",
-    ):
+    for name in "micro max_channels eval_every save_every probe_every mask_radius_m weight_decay seed".split():
         if getattr(cfg, name) < 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
 
@@ -287,11 +260,11 @@ def main(cfg: Config) -> dict | None:
     check(cfg, train.samples, patch)
     held_out = "val" if any(r.split == "val" for r in cache.recordings) else "train"
     val = cache.windows(held_out, cfg.window_s, cfg.stride_s)
+    sampler, share = choose_sampler(cfg, train), ranks.share(cfg.batch)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     warmup = max(1, round(cfg.warmup * steps))
 
     run = Run(cfg, __file__, ranks)
-    sampler, share = choose_sampler(cfg, train), ranks.share(cfg.batch)
     if not cfg.init:
         parts = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, patch, 0)
         encoder.embed.calibrate(torch.cat([p.good_patches(patch) for p in parts]))
@@ -313,82 +286,63 @@ def main(cfg: Config) -> dict | None:
         val_parts = draw(val, ids, np.arange(len(ids)), cfg, patch, EVAL_STEP)
         probe = Probe(cache, cfg.window_s, cfg.stride_s, cfg.probe_windows)
     if ranks.first and state["step"] == 0:  # what the untrained encoder gives is a baseline too
-        run.log(
-            0, **evaluate(model, teacher, val_parts, state["dtype"]), **probe.score(encode_by(teacher, state["dtype"]))
-        )
+        values = evaluate(model, teacher, val_parts, state["dtype"])
+        run.log(0, **values, **probe.score(encode_by(teacher, state["dtype"])))
 
     loader = Prefetch(lambda s: draw(train, sampler.ids(s)[share], share, cfg, patch, s), state["step"], steps)
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
-    busy_s, tokens, since = 0.0, 0, state["step"]  # what speeds are measured from: since the last line of the log
+    pace = Pace(device)
     for step in range(state["step"], steps):
         began = time.perf_counter()
         lr = warmup_cosine(step, steps, cfg.lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, targets, tokens, processes told to stop
-        for part in loader.next():
-            part = part.to(device)
+        parts, loss_sum = loader.next(), torch.zeros((), device=device)
+        for part in (p.to(device) for p in parts):
             with autocast(device.type, state["dtype"]):
                 loss = loss_of(model, teacher, part)
             loss.backward()
-            sums += torch.stack(
-                [loss.detach().double(), *torch.tensor([part.masks.targets, part.tokens, 0.0]).to(sums)]
-            )
-        sums[3] += run.stop
+            loss_sum += loss.detach()
+        targets, tokens = (sum(getattr(p.masks, name) for p in parts) for name in ("targets", "tokens"))
         # divided once, by the targets of the global batch: neither ranks nor micro-batches change what a token counts
-        loss, targets, seen, stop = ranks.sum_gradients(parameters, sums).tolist()
+        loss_sum, targets, tokens, stop = ranks.sum_gradients(parameters, [loss_sum, targets, tokens, run.stop])
         torch._foreach_div_([p.grad for p in parameters], targets)
         norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(loss_sum) and math.isfinite(norm):
             optimizer.step()
             ema_update(teacher, model.encoder, ema_momentum(step, steps, cfg.ema))
-            state["recent"].append((loss / targets, norm))
+            state["recent"].append((loss_sum / targets, norm))
             state["in_a_row"] = 0
-        else:
+        else:  # never stepped on
             state["skipped"] += 1
             state["in_a_row"] += 1
         optimizer.zero_grad(set_to_none=True)
-        busy_s, tokens = busy_s + time.perf_counter() - began, tokens + seen
-
-        done = step + 1
-        last = done == steps
+        pace.add(began, cfg.batch, tokens)
         bar.update()
-        values = {}
-        if ranks.first and (last or every(cfg.eval_every, done)):
+
+        state["step"] = done = step + 1
+        last, values = done == steps, {}
+        if ranks.first and (last or due(done, cfg.eval_every)):
             values |= evaluate(model, teacher, val_parts, state["dtype"])
-        if ranks.first and (last or every(cfg.probe_every, done)):
+        if ranks.first and (last or due(done, cfg.probe_every)):
             values |= probe.score(encode_by(teacher, state["dtype"]))
             state["probe_protocol"] = probe.protocol
-        if values or last or every(cfg.log_every, done):
-            mean = dict(
-                zip(
-                    ("loss", "grad_norm"),
-                    np.mean(state["recent"] or [(math.nan, math.nan)], axis=0).tolist(),
-                    strict=True,
-                )
-            )
-            speed = {
-                "windows_per_s": round((done - since) * cfg.batch / busy_s, 1),
-                "tokens_per_s": round(tokens / busy_s),
-                "loader_wait": round(loader.waited_s / busy_s, 4),  # share of the time
-                "memory_mb": memory_mb(device),
-            }
-            run.log(done, **mean, lr=lr, skipped=state["skipped"], **values, **speed)
-            bar.set_postfix(
-                loss=f"{mean['loss']:.4f}",
-                **{k: f"{v:.3g}" for k, v in values.items() if k in ("val_loss", "feature_rank")},
-            )
-            state["recent"], busy_s, tokens, loader.waited_s, since = [], 0.0, 0, 0.0, done
-        if last or stop or every(cfg.save_every, done):
-            run.save({**state, "step": done}, {"model": model, "teacher": teacher}, optimizer)
+        if values or last or due(done, cfg.log_every):
+            loss, norm = np.mean(state["recent"] or [(math.nan, math.nan)], axis=0).tolist()
+            state["recent"] = []
+            skipped = state["skipped"]
+            run.log(done, loss=loss, lr=lr, grad_norm=norm, skipped=skipped, **values, **pace.take(loader))
+            watched = {k: f"{values[k]:.3g}" for k in ("val_loss", "feature_rank") if k in values}
+            bar.set_postfix(loss=f"{loss:.4f}", **watched)
+        if last or stop or due(done, cfg.save_every):
+            run.save(state, {"model": model, "teacher": teacher}, optimizer)
         if state["in_a_row"] == MOST_SKIPPED:
             raise Failed(
-                f"no finite gradient in the {MOST_SKIPPED} steps up to {done}: lower --lr {cfg.lr:g}, or look at the cache"
+                f"no finite gradient in {MOST_SKIPPED} steps up to {done}: lower --lr {cfg.lr:g} or check the data"
             )
         if stop and not last:
-            raise KeyboardInterrupt(
-                f"at step {done} of {steps}; go on with: python {Path(__file__).name} --run {run.directory} --resume"
-            )
+            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
+            raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
     bar.close()
     loader.close()
 
@@ -401,17 +355,6 @@ def main(cfg: Config) -> dict | None:
         results = report(run, lines, state, sum(p.numel() for p in teacher.parameters()))
     run.close()
     return results
-
-
-def every(n: int, step: int) -> bool:
-    return n > 0 and step % n == 0
-
-
-def memory_mb(device: torch.device) -> int:
-    """The most memory that was in use: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def trial(model: JEPA, teacher: nn.Module, part: Part) -> Callable[[str], None]:
@@ -444,11 +387,8 @@ def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
     first, final = lines[0], lines[-1]
     keys = ("loss", "val_loss", "feature_rank", "feature_std", "teacher_cosine", "predicted_cosine", "skipped")
     metrics = {k: v for k, v in final.items() if k in keys or k.startswith("probe_")}
-    metrics |= {
-        f"{k}_untrained": v
-        for k, v in first.items()
-        if k.startswith("probe_") and not k.endswith(("_bandpower", "_chance"))
-    }
+    probes = (k for k in first if k.startswith("probe_") and not k.endswith(("_bandpower", "_chance")))
+    metrics |= {f"{k}_untrained": first[k] for k in probes}
     speeds = [line["windows_per_s"] for line in lines if line.get("windows_per_s")]
     return {
         "run": str(run.directory),

@@ -2,7 +2,7 @@
 Fast operations, each beside its plain-PyTorch meaning (kernels/reference.py).
 
 The C++ is compiled on first use (kernels/build.py). Without a compiler, or with BERGER_KERNELS=0, the meaning itself runs; one
-line on stderr says which. Operators are registered under torch.ops.berger, because `kernels` is also a package on PyPI.
+line on stderr says which. BERGER_KERNELS=generic keeps the C++ from using AVX2. Operators are registered under torch.ops.berger, because `kernels` is also a package on PyPI.
 """
 
 import os
@@ -30,11 +30,12 @@ def path() -> str:
 
 
 def _load() -> str:
-    from kernels import build  # not needed where kernels are switched off
-
     if os.environ.get("BERGER_KERNELS") == "0":
         _say("plain PyTorch, because BERGER_KERNELS=0")
         return "reference"
+
+    from kernels import build  # here, because a script that reads nothing needs none of it
+
     try:
         torch.ops.load_library(build.build(_say))
     except (build.BuildFailed, OSError) as e:  # OSError: a library that this system can't load

@@ -72,7 +72,11 @@ def compile_to(target: Path, gxx: str, say) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+            lines = (
+                [line for line in done.stderr.splitlines() if "error" in line]
+                or done.stderr.splitlines()
+                or ["no message"]
+            )
             raise BuildFailed(f"{Path(gxx).name} failed: {lines[0]}")
         os.replace(half, target)  # whole or not at all, also for a process on another machine that shares this folder
     finally:

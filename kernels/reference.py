@@ -22,7 +22,8 @@ class UnreadableWindow(OSError):
 def gather_windows(fds_B, offsets_B, file_channels_B, map_BC, gain_BC, bias_BC, clip, out_BCT) -> None:
     """Fills out_BCT; arguments and errors as for kernels.gather_windows."""
     samples = out_BCT.shape[-1]
-    for b, (fd, offset, channels) in enumerate(zip(fds_B.tolist(), offsets_B.tolist(), file_channels_B.tolist())):
+    for b in range(len(fds_B)):
+        fd, offset, channels = int(fds_B[b]), int(offsets_B[b]), int(file_channels_B[b])
         if channels < 1:
             raise ValueError(f"window {b}: a file of {channels} channels")
         if offset < 0:
@@ -32,7 +33,7 @@ def gather_windows(fds_B, offsets_B, file_channels_B, map_BC, gain_BC, bias_BC, 
             raise ValueError(f"window {b}: channel {out_of_file[0]} of a file of {channels} channels")
 
         x_TC = read_samples(b, fd, offset, samples, channels)
-        x_CT = x_TC.T.float().clamp(-clip, clip)[map_BC[b].clamp(min=0)]
+        x_CT = x_TC.T.float().clamp(-clip, clip).index_select(0, map_BC[b].clamp(min=0))
         if gain_BC is not None:
             x_CT = x_CT * gain_BC[b, :, None]
         if bias_BC is not None:

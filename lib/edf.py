@@ -80,7 +80,7 @@ def read_annotations(header: Header) -> tuple[list[tuple[int, int, float]], list
     Seconds count from the first sample. Events are clipped to the recording; those wholly outside are dropped with a note.
     Raises Rejected: `record_onsets` (an EDF+D whose records don't say when they start).
     """
-    onset_R, events, unread = _read_tals(header, header.records)
+    onset_R, events, unread = _read_tals(header, header.records, sparse=header.continuous)
     start_s = float(onset_R[0]) if np.isfinite(onset_R[0]) else 0.0  # EDF+ allows a fraction of a second
     edges = [0, header.records]
     if not header.continuous:
@@ -262,29 +262,51 @@ def _digital(header: Header, block: np.ndarray, signal: Signal) -> np.ndarray:
     return np.ndarray(shape, "<i4", block, PAD + signal.offset - 1, (header.record_bytes, 3)) >> 8
 
 
-def _read_tals(header: Header, records: int) -> tuple[np.ndarray, list[tuple[float, float, str]], int]:
-    """Stated onset of every record (NaN: none), events, and how many annotation lists can't be read (EDF+ 2.2.2)."""
+def _read_tals(
+    header: Header, records: int, sparse: bool = False
+) -> tuple[np.ndarray, list[tuple[float, float, str]], int]:
+    """
+    Stated onset of every record (NaN: none), events, and how many annotation lists can't be read (EDF+ 2.2.2).
+
+    `sparse`: leave out the onsets of records that hold nothing else, most of a continuous file, for speed.
+    """
     onset_R = np.full(records, np.nan)
     events, unread = [], 0
-    for first, block in _blocks(header, 0, records) if header.annotations else ():
-        block_RB = block[PAD:].reshape(-1, header.record_bytes)
-        for area, (offset, length) in enumerate(header.annotations):
-            data = block_RB[:, offset : offset + length].tobytes()
-            for r in range(len(block_RB)):
-                for place, tal in enumerate(data[r * length : (r + 1) * length].rstrip(b"\0").split(b"\0")):
-                    stamp, *texts = tal.split(b"\x14")
-                    onset, _, duration = stamp.partition(b"\x15")
-                    try:
-                        onset_s, duration_s = float(onset), float(duration or 0)
-                    except ValueError:
-                        onset_s = duration_s = math.nan
-                    if not (texts and math.isfinite(onset_s) and 0 <= duration_s < math.inf):
-                        unread += bool(tal.strip())
-                        continue
-                    if area == place == 0 and not texts[0]:
-                        onset_R[first + r] = onset_s
-                    events += [(onset_s, duration_s, _text(text)) for text in texts if text.strip()]
+    for area, record, data in _annotation_areas(header, records):
+        tals = data.rstrip(b"\0")
+        if sparse and record and tals.count(b"\x14") == 2 and tals.endswith(b"\x14\x14"):
+            continue
+        for place, tal in enumerate(tals.split(b"\0")):
+            stamp, *texts = tal.split(b"\x14")
+            onset, _, duration = stamp.partition(b"\x15")
+            try:
+                onset_s, duration_s = float(onset), float(duration or 0)
+            except ValueError:
+                onset_s = duration_s = math.nan
+            if not (texts and math.isfinite(onset_s) and 0 <= duration_s < math.inf):
+                unread += bool(tal.strip())
+                continue
+            if area == place == 0 and not texts[0]:
+                onset_R[record] = onset_s
+            events += [(onset_s, duration_s, _text(text)) for text in texts if text.strip()]
     return onset_R, events, unread
+
+
+def _annotation_areas(header: Header, records: int):
+    """Yield (area, record, bytes) of the annotation signals, reading nothing else."""
+    try:
+        fd = os.open(header.path, os.O_RDONLY)
+        try:
+            for record in range(records if header.annotations else 0):
+                for area, (offset, length) in enumerate(header.annotations):
+                    data = os.pread(fd, length, header.header_bytes + record * header.record_bytes + offset)
+                    if len(data) != length:
+                        raise Rejected("size_mismatch", f"{header.path}: got shorter while it was read")
+                    yield area, record, data
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise Rejected("unreadable", f"{header.path}: {error.strerror or error}") from error
 
 
 def _text(data: bytes) -> str:

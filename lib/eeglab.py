@@ -13,7 +13,7 @@ import pymatreader
 from lib import channels
 from lib.errors import Rejected
 from lib.recordings import Event, ReadSpec, Recording, code_label, cut, plausible_positions
-from lib.statements import settle_rate
+from lib.statements import settle_rate, settle_unit
 
 KINDS = {"eeg": "eeg", "ref": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "trigger": "stim"}
 KINDS |= {"stim": "stim", "misc": "misc"}
@@ -25,7 +25,7 @@ FIDUCIALS = {"nasion": ("nasion", "nz"), "left": ("left", "lpa", "lhj"), "right"
 
 def open_set(path: Path, spec: ReadSpec) -> Recording:
     """
-    Opens an EEGLAB data set, whose unit is the microvolt.
+    Opens an EEGLAB data set; its unit is the microvolt by convention, so another one can only be stated.
 
     Raises Rejected: `bad_header`, `epoched`, `channels_missing`, `missing_file`, `no_data`, `truncated`, `size_mismatch`.
     """
@@ -37,6 +37,7 @@ def open_set(path: Path, spec: ReadSpec) -> Recording:
     if int(eeg.get("trials") or 1) > 1:
         raise Rejected("epoched", f"{path.name} holds {int(eeg['trials'])} epochs, not a continuous recording")
     rate_hz = settle_rate(float(eeg["srate"]), spec.rate_hz, path.name)
+    unit, factor = settle_unit(None, spec.unit or "uV", path.name)
     x_CT = _data(path, eeg["data"], count, points)
 
     chanlocs = _rows(eeg.get("chanlocs"))
@@ -53,10 +54,10 @@ def open_set(path: Path, spec: ReadSpec) -> Recording:
         names=names,
         kinds=[KINDS.get(declared) or channels.kind(name) for name, declared in zip(names, types, strict=True)],
         rates_hz=[rate_hz] * count,
-        unit="uV",
+        unit=unit,
         samples=points,
         segments=cut(points, rate_hz, breaks),
-        take=lambda indices: np.asarray(x_CT[indices], np.float32),
+        take=lambda indices: np.asarray(x_CT[indices], np.float32) * np.float32(factor),
         events=events,
         positions=plausible_positions(_positions(chanlocs, eeg.get("chaninfo")), notes),
         notes=notes,

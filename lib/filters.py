@@ -267,10 +267,12 @@ class Causal:
         return copy.copy(self)
 
     def process(self, x_CT: np.ndarray) -> np.ndarray:
-        x_CT = np.asarray(x_CT, np.float64)
         assert x_CT.ndim == 2 and len(x_CT) == self.channels, f"{x_CT.shape} is not ({self.channels}, T)"
-        if x_CT.shape[1] == 0:
-            return np.empty((self.channels, 0))
+        step = max(2**20 // max(self.channels, 1), 1)  # bounds the float64 copies of a whole recording in one call
+        parts = [self._chunk(x_CT[:, i : i + step].astype(np.float64)) for i in range(0, x_CT.shape[1], step)]
+        return np.concatenate(parts, axis=1) if parts else np.empty((self.channels, 0))
+
+    def _chunk(self, x_CT: np.ndarray) -> np.ndarray:
         if self.sos is not None:
             if self.state is None:
                 self.state = signal.sosfilt_zi(self.sos)[:, None, :] * x_CT[None, :, :1]  # (sections, C, 2)
@@ -312,18 +314,20 @@ def robust_scale(x_CT: np.ndarray, flat: float = 1e-6) -> tuple[np.ndarray, np.n
 
 def quartiles(x_T: np.ndarray) -> tuple[float, float, float]:
     """Equal to np.quantile(x, (0.25, 0.5, 0.75)), quicker: NumPy is fast only at splitting an array at one place."""
-    k = (len(x_T) - 1) // 2
-    x_T = np.partition(x_T, k)
-    first = (len(x_T) - 1) / 4
-    places = (x_T[: k + 2], first), (x_T, 2 * first), (x_T[k:], 3 * first - k)
-    return tuple(order_statistic(part_T, at) for part_T, at in places)
+    middle, first = (len(x_T) - 1) // 2, (len(x_T) - 1) / 4
+    x_T = np.partition(x_T, middle)
+    low_T, high_T, third = x_T[: middle + 2], x_T[middle:], 3 * first - middle
+    return (
+        order_statistic(np.partition(low_T, int(first)), first),
+        order_statistic(x_T, 2 * first),
+        order_statistic(np.partition(high_T, int(third)), third),
+    )
 
 
 def order_statistic(x_T: np.ndarray, at: float) -> float:
-    """The value at the (fractional) place `at` of the sorted x."""
-    k, x_T = int(at), np.partition(x_T, int(at))
-    low = float(x_T[k])
-    return low if at == k else low + (at - k) * (float(x_T[k + 1 :].min()) - low)
+    """The value at the fractional place `at` of the sorted x, which is partitioned at int(at)."""
+    low = float(x_T[int(at)])
+    return low if at == int(at) else low + (at - int(at)) * (float(x_T[int(at) + 1 :].min()) - low)
 
 
 def zscore(x_CT: np.ndarray, flat: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:

@@ -29,6 +29,7 @@ class Dataset:
     name: str
     rule: Rule | None
     whole: bool  # False where the user asked for a part of it
+    described: bool  # has a dataset_description.json: BIDS beyond doubt
     paths: list[Path] = field(default_factory=list)
 
 
@@ -59,17 +60,15 @@ def walk(root: Path, rule: Rule | None) -> Walk:
 def _dataset(base: Path, rule: Rule | None, whole: bool) -> Dataset:
     if rule is None and (base / "dataset.toml").is_file():
         rule = read_rule(base / "dataset.toml")
-    return Dataset(base, (rule and rule.name) or base.name or "data", rule, whole)
+    return Dataset(base, (rule and rule.name) or base.name or "data", rule, whole, (base / MARKERS[1]).is_file())
 
 
 def _visit(root: Path, base: Path, rule: Rule | None, found: Walk) -> None:
     seen: set[tuple[int, int]] = set()
     left_out: Counter[str] = Counter()
     linked_files: list[tuple[Dataset, Path]] = []
-    folders, linked_folders = (
-        [(root, found.datasets[base])],
-        [],
-    )  # links wait, so that the real path of a folder comes first
+    folders: list[tuple[Path, Dataset]] = [(root, found.datasets[base])]
+    linked_folders: list[tuple[Path, Dataset]] = []  # these wait, so that the real path of a folder comes first
     while folders or linked_folders:
         folder, dataset = folders.pop() if folders else linked_folders.pop(0)
         try:
@@ -117,8 +116,8 @@ def _left_out(path: Path, is_folder: bool, dataset: Dataset, root: Path) -> str 
     ours = path.parent == root and path.name in ("cache", "runs")
     if ours or path.name == "__MACOSX" or (path / "build.json").exists():  # the last marks a cache wherever it is
         return f"{path.name}/"
-    raw = path.parent != dataset.base or path.name not in NOT_RAW
-    return None if raw or not (dataset.base / "dataset_description.json").exists() else f"{path.name}/"
+    beside_raw = dataset.described and path.parent == dataset.base and path.name in NOT_RAW
+    return f"{path.name}/" if beside_raw else None
 
 
 def _count(path: Path, is_folder: bool) -> int:

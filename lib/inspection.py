@@ -13,8 +13,8 @@ import numpy as np
 from lib.errors import Rejected
 from lib.recordings import Segment
 
-GAP_S = 0.5  # longer runs without a number in most channels split the recording; shorter ones are interpolated
-LOST_SHARE = 0.05  # a channel that lacks more of its samples than this is bad
+GAP_S = 0.5  # longer runs without a number split the recording or, in a minority of channels, make these bad; shorter are interpolated
+LOST_SHARE = 0.05  # a channel that lacks more of its samples than this is bad, however short the gaps
 # share of samples equal to the one before, or at the channel's extremes and equal to a neighbour
 FLAT_SHARE, SATURATED_SHARE = 0.5, 0.05
 # robust deviation after filtering, median over channels: outside the first range no EEG lies, whatever the amplifier; outside the second
@@ -36,7 +36,7 @@ class Inspection:
 def inspect(x_CT: np.ndarray, rate_hz: float, segments: list[Segment]) -> Inspection:
     """Close or cut gaps (values that are not finite) and flag channels that are flat, saturated or mostly gaps. Raises Rejected `no_data`."""
     notes, bad = [], set()
-    if not np.isfinite(x_CT.sum(1, dtype=np.float64)).all():
+    if not np.isfinite(x_CT.sum(1)).all():
         x_CT, segments, bad = _without_gaps(x_CT, rate_hz, segments, notes)
     if not segments:
         raise Rejected("no_data", "nothing but gaps")
@@ -54,7 +54,7 @@ def inspect(x_CT: np.ndarray, rate_hz: float, segments: list[Segment]) -> Inspec
 
 def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
     """A note where filtered microvolts are unusual for EEG. Raises Rejected `implausible_amplitude` where they can't be EEG."""
-    low_C, high_C = np.percentile(y_CT[good][:, :: max(1, y_CT.shape[1] // LOOK_SAMPLES)], (25, 75), axis=1)
+    low_C, high_C = np.percentile(y_CT[good, :: max(1, y_CT.shape[1] // BLOCK)], (25, 75), axis=1)
     deviation_uV = float(np.median(high_C - low_C)) / 1.349
     if not PLAUSIBLE_UV[0] <= deviation_uV <= PLAUSIBLE_UV[1]:
         raise Rejected(
@@ -75,12 +75,11 @@ def _look(x_CT: np.ndarray, segments: list[Segment]) -> np.ndarray:
 
 
 def _without_gaps(x_CT: np.ndarray, rate_hz: float, segments: list[Segment], notes: list[str]) -> tuple:
-    """The signal with short gaps interpolated, segments split at long ones, and the channels that are mostly gaps, zeroed."""
+    """The signal with short gaps interpolated, segments split at long ones, and the channels with long gaps of their own, zeroed."""
     gap_CT = ~np.isfinite(x_CT)
     dead_C = gap_CT.mean(1) > 0.5  # a channel that never worked doesn't split the others
     silent_T = gap_CT[~dead_C].mean(0) > 0.5 if not dead_C.all() else np.ones(x_CT.shape[1], bool)
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], silent_T, [False]]).astype(np.int8))).reshape(-1, 2)
-    cuts = [(a, b) for a, b in edges.tolist() if b - a > GAP_S * rate_hz]
+    cuts = _long_runs(silent_T, GAP_S * rate_hz)
     kept = []
     for segment in segments:
         start = segment.start
@@ -98,6 +97,7 @@ def _without_gaps(x_CT: np.ndarray, rate_hz: float, segments: list[Segment], not
     for s in split:
         inside_T[s.start : s.stop] = True
     lost_C = gap_CT[:, inside_T].mean(1) > LOST_SHARE if inside_T.any() else np.ones(len(x_CT), bool)
+    lost_C |= [bool(_long_runs(gap_T & inside_T, GAP_S * rate_hz)) for gap_T in gap_CT]
     for c, gap_T in enumerate(gap_CT):
         if lost_C[c]:
             x_CT[c] = 0
@@ -106,5 +106,11 @@ def _without_gaps(x_CT: np.ndarray, rate_hz: float, segments: list[Segment], not
             x_CT[c, gap_T] = np.interp(np.flatnonzero(gap_T), known, x_CT[c, known])
             notes.append(f"short gaps interpolated: {int(gap_T[inside_T].sum())} samples of channel {c}")
     if lost_C.any():
-        notes.append(f"channels that are mostly gaps: {int(lost_C.sum())}")
+        notes.append(f"channels with long gaps: {int(lost_C.sum())}")
     return x_CT, split, set(np.flatnonzero(lost_C).tolist())
+
+
+def _long_runs(flag_T: np.ndarray, longest: float) -> list[tuple[int, int]]:
+    """Where a flag stands for more than `longest` samples: [start, stop)."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flag_T, [False]]).astype(np.int8))).reshape(-1, 2)
+    return [(a, b) for a, b in edges.tolist() if b - a > longest]

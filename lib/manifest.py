@@ -37,7 +37,7 @@ def assemble(
     """
     kept: list[tuple[Source, dict, list[Event]]] = []
     quarantine = [{"key": key, "code": code, "reason": reason} for key, _, code, reason in found.rejected]
-    notes: Counter = Counter()
+    notes = Counter(_kind_of_note(n) for n in found.notes)
     for source in found.sources:
         part = parts[source.key]
         try:

@@ -25,21 +25,14 @@ class Masks:
     target_BM: torch.Tensor  # int64
     context_real_BK: torch.Tensor | None  # bool; None if nothing was filled up
     target_real_BM: torch.Tensor | None
-
-    @property
-    def targets(self) -> int:
-        """How many tokens there are to predict, over all windows."""
-        return self.target_BM.numel() if self.target_real_BM is None else int(self.target_real_BM.sum())
-
-    @property
-    def contexts(self) -> int:
-        """How many tokens are seen, over all windows."""
-        return self.context_BK.numel() if self.context_real_BK is None else int(self.context_real_BK.sum())
+    tokens: int  # context and targets of all windows
+    targets: int
 
     def to(self, device: torch.device) -> "Masks":
         """The same on another device."""
         parts = (self.context_BK, self.target_BM, self.context_real_BK, self.target_real_BM)
-        return Masks(*(None if t is None else t.to(device, non_blocking=True) for t in parts))
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in parts)
+        return Masks(*moved, self.tokens, self.targets)
 
 
 def uniform(seed: int, step: int, index_B: np.ndarray, width: int, purpose: str) -> np.ndarray:
@@ -109,7 +102,7 @@ def draw_masks(
     np.put_along_axis(target_BN, first_BM, np.arange(first_BM.shape[1]) < hidden_B[:, None], axis=1)
     context_BK, context_real_BK = _ids(good_BN & ~target_BN)
     target_BM, target_real_BM = _ids(target_BN)
-    return Masks(context_BK, target_BM, context_real_BK, target_real_BM)
+    return Masks(context_BK, target_BM, context_real_BK, target_real_BM, int(tokens_B.sum()), int(hidden_B.sum()))
 
 
 def _order_of_blocks(

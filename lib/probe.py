@@ -15,12 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.metrics import balanced_accuracy_score, r2_score
-from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from lib.cache import Batch, Cache
 
@@ -116,7 +110,9 @@ class Probe:
             scores[f"probe_{label.name}"] = self._fit(x_BF, label)
             scores[f"probe_{label.name}_bandpower"] = self.baseline[label.name]
             classes = 0 if label.regression else len({v for v in label.values if v is not None})
-            scores[f"probe_{label.name}_chance"] = 1 / classes if classes else 0.0
+            scores[f"probe_{label.name}_chance"] = (
+                1 / classes if classes else 0.0
+            )  # of always saying the commonest, or the mean
         return {name: round(value, 4) for name, value in scores.items()}
 
     def _readout(self, z_BCD: torch.Tensor, mask_BC: torch.Tensor) -> np.ndarray:
@@ -128,38 +124,43 @@ class Probe:
     def _fit(self, x_BF: np.ndarray, label: Label) -> float:
         known = np.array([v is not None for v in label.values])
         x_BF, subject, val = x_BF[known], self.subject[known], self.val[known]
-        y = np.array([v for v in label.values if v is not None])
-        enough = len(set(subject[val])) >= FEWEST_SUBJECTS and len(set(subject[~val])) >= FEWEST_SUBJECTS
-        if enough and (label.regression or set(y[val]) == set(y[~val]) == set(y)):
-            self.protocol[label.name] = (
-                f"fitted on {len(set(subject[~val]))} subjects of train, scored on {len(set(subject[val]))} of val"
-            )
-            folds = [(np.flatnonzero(~val), np.flatnonzero(val))]
-        else:
-            subjects = len(set(subject))
-            self.protocol[label.name] = (
-                f"cross-validated over {subjects} subjects of train and val: val alone is too small"
-            )
-            folds = list(GroupKFold(min(5, subjects)).split(x_BF, y, subject))
-        guess, scored = np.empty(len(y), y.dtype), np.zeros(len(y), bool)
-        for fit, score in folds:
-            if label.regression:
-                model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 11)))
-            else:
-                model = make_pipeline(
-                    StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=300)
-                )
-            if not label.regression and len(set(y[fit])) < 2:
-                continue  # a fold whose subjects are all of one class teaches nothing
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", ConvergenceWarning
-                )  # the regularised optimum is flat; more steps change no decision
-                guess[score] = model.fit(x_BF[fit], y[fit]).predict(x_BF[score])
-            scored[score] = True
-        if not scored.any():
-            return float("nan")
-        return float((r2_score if label.regression else balanced_accuracy_score)(y[scored], guess[scored]))
+        y_B = np.array([v for v in label.values if v is not None])
+        fitted, scored = len(set(subject[~val])), len(set(subject[val]))
+        if min(fitted, scored) >= FEWEST_SUBJECTS and (label.regression or set(y_B[val]) == set(y_B[~val])):
+            self.protocol[label.name] = f"fitted on {fitted} subjects of train, scored on {scored} of val"
+            return fit_and_score(x_BF, y_B, [(np.flatnonzero(~val), np.flatnonzero(val))], label.regression)
+        self.protocol[label.name] = (
+            f"cross-validated over {fitted + scored} subjects of train and val: val alone is too small"
+        )
+        return fit_and_score(x_BF, y_B, subject_folds(subject, 5), label.regression)
+
+
+def subject_folds(subject_B: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Row indices to fit on and to score, each subject scored once, by a model that never saw it."""
+    number_B = np.unique(subject_B, return_inverse=True)[1] % folds
+    return [(np.flatnonzero(number_B != f), np.flatnonzero(number_B == f)) for f in np.unique(number_B)]
+
+
+def fit_and_score(x_BF: np.ndarray, y_B: np.ndarray, folds: list, regression: bool) -> float:
+    """R² of ridge regression or balanced accuracy of logistic regression on standardised features, over all scored rows; NaN if none can be."""
+    # here, because these take 1.6 s that a typing error in a flag need not wait for
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.metrics import balanced_accuracy_score, r2_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    guess_B, scored_B = np.empty(len(y_B), y_B.dtype), np.zeros(len(y_B), bool)
+    for fit, score in folds:
+        if not regression and len(set(y_B[fit])) < 2:
+            continue  # subjects of one class only teach nothing
+        linear = RidgeCV(np.logspace(0, 5, 11)) if regression else LogisticRegression(C=0.01, class_weight="balanced")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of convergence: so well regularised, more iterations change no decision
+            guess_B[score] = make_pipeline(StandardScaler(), linear).fit(x_BF[fit], y_B[fit]).predict(x_BF[score])
+        scored_B[score] = True
+    if not scored_B.any():
+        return float("nan")
+    return float((r2_score if regression else balanced_accuracy_score)(y_B[scored_B], guess_B[scored_B]))
 
 
 def band_power(x_BCT: torch.Tensor, rate_hz: float) -> torch.Tensor:

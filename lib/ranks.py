@@ -30,15 +30,16 @@ class Ranks:
         """Which windows of the global batch this process takes."""
         return np.arange(self.rank, batch, self.world)
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter], extra: torch.Tensor) -> torch.Tensor:
-        """Add up the gradients in place, in one message, and return the sum of `extra` (float64, kept exact by a message of its own)."""
+    def sum_gradients(self, parameters: list[torch.nn.Parameter], numbers: list) -> list[float]:
+        """Add up the gradients in place, in one message, and return the sums of `numbers`, kept exact by a message of their own."""
+        sums = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device) for n in numbers])
         if self.world > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters])
             dist.all_reduce(flat)
-            dist.all_reduce(extra)
+            dist.all_reduce(sums)
             for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad.copy_(g.view_as(p))
-        return extra
+        return sums.tolist()
 
     def agree(self, value):
         """The first process's value, everywhere."""

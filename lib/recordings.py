@@ -10,8 +10,10 @@ Shapes: C channels, T samples.
 
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import pairwise
@@ -21,7 +23,7 @@ import numpy as np
 
 from lib import channels, edf
 from lib.errors import Rejected
-from lib.statements import settle_rate
+from lib.statements import ARBITRARY, settle_rate
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Recording:
     names: list[str]  # as in the file
     kinds: list[str]  # per channel: eeg, eog, ecg, emg, stim, misc, unknown or vibration
     rates_hz: list[float]
-    unit: str  # uV, or what was stated for vibration
+    unit: str  # uV; a.u. where that is stated; for vibration whatever is stated
     samples: int
     segments: list[Segment]
     take: Callable[[list[int]], np.ndarray]  # channel indices -> x_CT in `unit`
@@ -94,9 +96,10 @@ def open_recording(path, spec: ReadSpec = ReadSpec()) -> Recording:
 
 
 def _guarded(read: Callable):
-    """Calls a reader; whatever it raises on a damaged file comes out as Rejected."""
+    """Calls a reader; whatever it raises on a damaged file comes out as Rejected, whatever it prints goes to stderr."""
     try:
-        return read()
+        with redirect_stdout(sys.stderr):  # stdout belongs to the command's result
+            return read()
     except (Rejected, MemoryError):  # memory is the machine's fault, not the file's: the builder tries again
         raise
     except PermissionError as error:
@@ -114,6 +117,8 @@ def _check_present(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(200)
     except OSError as error:
+        if path.is_symlink() and "annex/objects/" in path.readlink().as_posix():
+            raise Rejected("annex_pointer", f"{path.name} is a git-annex link: fetch the recording") from error
         raise Rejected("unreadable", f"{path.name}: {error.strerror}") from error
     if not head:
         raise Rejected("empty", f"{path.name} has no bytes")
@@ -173,7 +178,7 @@ def open_edf(path: Path, spec: ReadSpec) -> Recording:
     events = [Event(*annotation) for annotation in annotations]
     for i, signal in enumerate(header.signals):
         if kinds[i] == "stim":
-            codes_T = edf.read_signals(header, [i], volts=False)[0]
+            codes_T = np.rint(edf.read_signals(header, [i], volts=False)[0])
             if header.format == "bdf":  # 16 trigger bits below 8 of the amplifier's own; unused lines may read as ones
                 codes_T = codes_T.astype(np.int64) & 0xFFFF
                 codes_T[codes_T == codes_T[0]] = 0
@@ -183,10 +188,10 @@ def open_edf(path: Path, spec: ReadSpec) -> Recording:
         names=names,
         kinds=kinds,
         rates_hz=[s.rate_hz for s in header.signals],
-        unit="uV",
+        unit=ARBITRARY if spec.unit == ARBITRARY else "uV",
         samples=header.records * main.samples_per_record,
         segments=segments_of(main),
-        take=lambda indices: edf.read_signals(header, indices),
+        take=lambda indices: edf.read_signals(header, indices, volts=spec.unit != ARBITRARY),
         events=sorted(events, key=lambda e: e.onset_s),
         notes=header.notes,
     )
@@ -209,6 +214,7 @@ _BREAKS = (
 _CHATTER = re.compile(r"naming conventions|highpass|lowpass|software filter|measurement date")
 _DAMAGE = re.compile(r"truncat|incomplete|corrupt|unexpected end|fewer samples|could not read", re.IGNORECASE)
 _FIFF_UNIT_V = 107
+ELECTRIC = ("eeg", "eog", "ecg", "emg", "unknown")  # kinds of channels that MNE gives in volts
 
 
 def open_mne(path: Path, spec: ReadSpec, typed: bool = False, shown: Path | None = None, **options) -> Recording:
@@ -220,12 +226,11 @@ def open_mne(path: Path, spec: ReadSpec, typed: bool = False, shown: Path | None
     raw, notes = _open_raw(path, shown, options)
     rate_hz = settle_rate(float(raw.info["sfreq"]), spec.rate_hz, shown.name)
     names, samples = list(raw.ch_names), int(raw.n_times)
-    volts_C = np.array([int(ch["unit"]) == _FIFF_UNIT_V for ch in raw.info["chs"]])
     kinds = []
-    for name, declared, volts in zip(names, raw.get_channel_types(), volts_C, strict=True):
-        kind = channels.kind(name) if declared == "eeg" and not typed else declared
-        kind = kind if kind in ("eeg", "eog", "ecg", "emg", "stim", "unknown") else "misc"
-        kinds.append("misc" if kind in ("eeg", "unknown") and not volts else kind)
+    for ch, declared in zip(raw.info["chs"], raw.get_channel_types(), strict=True):
+        kind = channels.kind(ch["ch_name"]) if declared == "eeg" and not typed else declared
+        electric = kind in ELECTRIC and int(ch["unit"]) == _FIFF_UNIT_V
+        kinds.append(kind if electric or kind == "stim" else "misc")
 
     segments, events = _annotations(raw, rate_hz)
     if shown.suffix.lower() != ".mff":  # there, annotations say it too
@@ -239,7 +244,7 @@ def open_mne(path: Path, spec: ReadSpec, typed: bool = False, shown: Path | None
     def take(indices: list[int]) -> np.ndarray:
         x_CT = np.empty((len(indices), samples), np.float32)
         block = max(1, (1 << 23) // len(names))  # 64 MB as float64 of all channels, which most readers decode together
-        factor_C = np.where(volts_C[indices], 1e6, 1.0)
+        factor_C = np.array([1e6 if kinds[i] in ELECTRIC and spec.unit != ARBITRARY else 1.0 for i in indices])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for start in range(0, samples, block):
@@ -253,7 +258,7 @@ def open_mne(path: Path, spec: ReadSpec, typed: bool = False, shown: Path | None
         names=names,
         kinds=kinds,
         rates_hz=[rate_hz] * len(names),
-        unit="uV",
+        unit=ARBITRARY if spec.unit == ARBITRARY else "uV",
         samples=samples,
         segments=segments,
         take=take,

@@ -11,6 +11,7 @@ A training run's directory: what was run, its log, and the state from which it g
 import dataclasses
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -26,6 +27,7 @@ from torch import nn
 
 from lib.command import json_line
 from lib.errors import Unusable
+from lib.prefetch import Prefetch
 from lib.ranks import Ranks
 from lib.store import write_atomic
 from lib.tensors import load_tensors, save_tensors
@@ -40,9 +42,9 @@ class RunConfig:
     """Flags of every training script that nobody ablates."""
 
     preset: Literal["mini", "base", "full"] = "mini"  # set of defaults: two cores in minutes, one GPU, several GPUs
-    run: str | None = None  # name below runs/, or a path; none: the phase and the next free number, as in jepa-3
-    resume: bool = False  # go on with --run, or with the newest run of the phase, with that run's own flags
-    overwrite: bool = False  # delete what is in --run first
+    name: str | None = None  # of the run below runs/, or its path; none: the phase and the next free number, as in jepa-3
+    resume: bool = False  # go on with run --name, or with the newest run of the phase, with that run's own flags
+    overwrite: bool = False  # delete the run of that name first
     seed: int = 0  # of weights, batches and masks
     device: str = "auto"  # cuda if there is one, else cpu
     dtype: Dtype = "auto"  # of matrix products; auto: measured at the start and kept on resume
@@ -55,12 +57,12 @@ class RunConfig:
 
 def saved_config(cfg: RunConfig) -> RunConfig:
     """The configuration of the run that `cfg` asks to resume. Raises Unusable if there is none."""
-    directory = _directory(cfg, sys.argv[0]) if cfg.run else _newest(_phase(sys.argv[0]))
+    directory = _directory(cfg, sys.argv[0]) if cfg.name else _newest(_phase(sys.argv[0]))
     try:
         saved = json.loads((directory / "config.json").read_text())
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         return dataclasses.replace(
-            type(cfg)(**values), run=cfg.run or str(directory), resume=True, overwrite=cfg.overwrite
+            type(cfg)(**values), name=cfg.name or str(directory), resume=True, overwrite=cfg.overwrite
         )
     except (OSError, ValueError) as error:
         raise Unusable(f"no run to resume at {directory} ({error}); leave out --resume to start one") from error
@@ -68,6 +70,42 @@ def saved_config(cfg: RunConfig) -> RunConfig:
         raise Unusable(
             f"{directory} was written by another version of this script ({error}); start a new run"
         ) from error
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done `every` so many steps is done after `step` of them; 0: never."""
+    return every > 0 and step % every == 0
+
+
+class Pace:
+    """Speed since the last line of the log, evaluation and saving left out."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.busy_s, self.windows, self.tokens = device, 0.0, 0, 0.0
+
+    def add(self, began: float, windows: int, tokens: float) -> None:
+        """Count a step that began at `began` (time.perf_counter)."""
+        self.busy_s += time.perf_counter() - began
+        self.windows += windows
+        self.tokens += tokens
+
+    def take(self, loader: Prefetch) -> dict[str, float]:
+        """The numbers for the log; counting starts anew."""
+        numbers = {
+            "windows_per_s": round(self.windows / self.busy_s, 1),
+            "tokens_per_s": round(self.tokens / self.busy_s),
+            "loader_wait": round(loader.waited_s / self.busy_s, 4),  # share of the time
+            "memory_mb": self._memory_mb(),
+        }
+        self.busy_s, self.windows, self.tokens, loader.waited_s = 0.0, 0, 0.0, 0.0
+        return numbers
+
+    def _memory_mb(self) -> int:
+        """The most that was in use: of the GPU's memory, or of the process's."""
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated(self.device) / 2**20)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 class Run:
@@ -104,7 +142,7 @@ class Run:
             except FileExistsError:
                 if any(directory.iterdir()):
                     raise Unusable(
-                        f"{directory} exists: go on with --resume, replace it with --overwrite, or choose another --run"
+                        f"{directory} exists: go on with --resume, replace it with --overwrite, or choose another --name"
                     ) from None
             root = script.resolve().parent
             shutil.copytree(root / "lib", directory / "code" / "lib", ignore=shutil.ignore_patterns("__pycache__"))
@@ -203,15 +241,15 @@ def _numbered(phase: str) -> dict[int, Path]:
 def _newest(phase: str) -> Path:
     numbered = _numbered(phase)
     if not numbered:
-        raise Unusable(f"no run to resume: there is no runs/{phase}-*; name one with --run")
+        raise Unusable(f"no run to resume: there is no runs/{phase}-*; name one with --name")
     return numbered[max(numbered)]
 
 
 def _directory(cfg: RunConfig, script: str | Path) -> Path:
-    if cfg.run is None:
+    if cfg.name is None:
         phase = _phase(script)
         return Path("runs") / f"{phase}-{max(_numbered(phase), default=0) + 1}"
-    return Path(cfg.run) if os.sep in cfg.run else Path("runs") / cfg.run
+    return Path(cfg.name) if os.sep in cfg.name else Path("runs") / cfg.name
 
 
 def _revision(script: Path) -> str:

@@ -1,9 +1,11 @@
 """
 Which windows make up the batch of a step: pure functions of (seed, step), so a run resumes at any step without history.
 
-Every sampler has `ids(step)`, the int64 window ids of the global batch; rank r of W takes ids(step)[r::W], so the order is the
-same for every number of ranks. Shuffles are computed, not stored: one number costs a few multiplications wherever it is in
-the order, 24 million windows start at once and need no memory, and neither NumPy's version nor the machine changes the order.
+Every sampler has `ids(step)`, the int64 window ids of the global batch; rank r of W takes ids(step)[r::W], so the order is
+the same for every number of ranks. Shuffles are computed, not stored: one number costs a few multiplications wherever it
+stands in the order, 24 million windows start at once and need no memory, and no version of NumPy changes the order.
+
+Shapes: N numbers, B windows of a batch, R ranges, D datasets, S subjects.
 """
 
 import zlib
@@ -38,7 +40,7 @@ def derive(key_N: np.ndarray, *numbers) -> np.ndarray:
 
 def permuted(index_N: np.ndarray, n, key_N: np.ndarray) -> np.ndarray:
     """
-    Where a permutation of 0 … n-1 that is chosen by the key sends each index, int64 (N,); n and key may differ per index.
+    Where the permutation of 0 … n-1 that the key chooses sends each index, int64 (N,); n and key may differ per index.
 
     A Feistel network on an a x b grid just larger than n, followed until it is back inside (Black and Rogaway 2002).
     """
@@ -118,8 +120,8 @@ class DatasetSampler:
     Datasets in fixed shares, each walking through block-shuffled epochs of its own.
 
     `ranges` holds the window id ranges (R, 2) of each dataset (see Windows.ranges), `weights` its share before
-    normalisation; one without a weight isn't drawn. Shares are exact over `len(pattern)` windows and off by about one window
-    on the way there. Raises ValueError where a weight belongs to no windows.
+    normalisation; one without a weight isn't drawn. Shares are exact over `len(pattern)` windows and off by about one
+    window on the way there. Raises ValueError where a weight belongs to no windows.
     """
 
     def __init__(
@@ -133,14 +135,15 @@ class DatasetSampler:
             raise ValueError(f"dataset weights {dict(weights)}: no windows in {empty or list(ranges)}, or not positive")
         share_D /= share_D.sum()
 
-        # the shortest pattern in which every share is a whole number of places, else 10,000 places and the nearest numbers
-        whole = (
-            length for length in range(1, 10_001) if np.allclose(share_D * length % 1, np.rint(share_D * length % 1))
-        )
-        length = next(whole, 10_000)
+        # the shortest pattern in which every share is a whole number of places, else 10,000 places and nearly so
+        places_LD = np.arange(1, 10_001)[:, None] * share_D
+        whole_L = (np.abs(places_LD - np.rint(places_LD)) < 1e-6).all(axis=1)
+        length = int(whole_L.argmax()) + 1 if whole_L.any() else 10_000
         count_D = np.floor(share_D * length + 1e-6).astype(np.int64)
         count_D[np.argsort(count_D - share_D * length, kind="stable")[: length - count_D.sum()]] += 1
-        when = np.concatenate([(np.arange(count) + 0.5) / count for count in count_D if count])
+        if not count_D.all():
+            raise ValueError(f"dataset weights {dict(weights)}: a share is below one in 10,000")
+        when = np.concatenate([(np.arange(count) + 0.5) / count for count in count_D])
         self.pattern = np.repeat(np.arange(len(names)), count_D)[np.argsort(when, kind="stable")]
         self._before = np.concatenate(
             [[count_D * 0], np.cumsum(self.pattern[:, None] == np.arange(len(names)), axis=0)]
@@ -176,8 +179,9 @@ class SeizureSampler:
     Balanced epochs: every window that is seizure in part, `ratio_full` times as many that are seizure throughout and
     `ratio_none` times as many without, or what there is of them (`counts`), in random order.
 
-    Of the larger categories each epoch takes windows that none before it took, until fewer are left than it needs. `partial`
-    and `full` are sorted ids of n windows; all others are without seizure. Raises ValueError where nothing is partly seizure.
+    Of the larger categories each epoch takes windows that none before it took, until fewer are left than it needs.
+    `partial` and `full` are the ids of those among n windows; all others are without seizure. Raises ValueError where
+    nothing is seizure in part.
     """
 
     def __init__(
@@ -185,35 +189,30 @@ class SeizureSampler:
     ):
         if not len(partial):
             raise ValueError("no window is seizure in part: nothing to balance")
-        self.partial, self.full = np.asarray(partial, np.int64), np.asarray(full, np.int64)
-        seizure = np.sort(np.concatenate([self.partial, self.full]))
-        self._before = seizure - np.arange(len(seizure))  # windows without seizure before each one with
-        self._sizes = [len(self.partial), len(self.full), n - len(seizure)]
-        wanted = [len(self.partial), round(ratio_full * len(partial)), round(ratio_none * len(partial))]
-        self.counts = dict(zip(("partial", "full", "none"), map(min, wanted, self._sizes), strict=True))
-        self.batch, self.epoch_windows = batch, sum(self.counts.values())
-        self._keys = [key(seed, f"seizure {name}") for name in self.counts]
-        self._order_key = key(seed, "seizure order")
+        partial, full = np.asarray(partial, np.int64), np.asarray(full, np.int64)
+        seizure = np.sort(np.concatenate([partial, full]))
+        between = Ranges(np.stack([np.concatenate([[0], seizure + 1]), np.concatenate([seizure, [n]])], axis=1))
+        self._categories = (partial, full, between)
+        wanted = len(partial), round(ratio_full * len(partial)), round(ratio_none * len(partial))
+        counts = [min(w, len(ids)) for w, ids in zip(wanted, self._categories, strict=True)]
+        self.counts = dict(zip(("partial", "full", "none"), counts, strict=True))
+        self.batch, self.epoch_windows = batch, sum(counts)
+        self._order_key, self._keys = key(seed, "seizure order"), [key(seed, f"seizure {c}") for c in self.counts]
 
     def ids(self, step: int) -> np.ndarray:
         epoch_B, place_B = np.divmod(step * self.batch + np.arange(self.batch), self.epoch_windows)
         place_B = permuted(place_B, self.epoch_windows, derive(self._order_key, epoch_B))
         ids_B = np.empty(self.batch, np.int64)
         first = 0
-        for name, size, category_key in zip(self.counts, self._sizes, self._keys, strict=True):
-            count = self.counts[name]
+        for count, category, category_key in zip(self.counts.values(), self._categories, self._keys, strict=True):
             here = (first <= place_B) & (place_B < first + count)
             if here.any():
-                # a pass over the category lasts as many epochs as it has disjoint draws to give
-                lap_N, draw_N = np.divmod(epoch_B[here], size // count)
-                rank_N = permuted(draw_N * count + place_B[here] - first, size, derive(category_key, lap_N))
-                ids_B[here] = getattr(self, name)[rank_N] if name != "none" else self._none(rank_N)
+                # one order of the category serves as many epochs as it has disjoint draws for
+                order_N, draw_N = np.divmod(epoch_B[here], len(category) // count)
+                rank_N = draw_N * count + place_B[here] - first
+                ids_B[here] = category[permuted(rank_N, len(category), derive(category_key, order_N))]
             first += count
         return ids_B
-
-    def _none(self, rank_N: np.ndarray) -> np.ndarray:
-        """The ids of windows without seizure by their number among those."""
-        return rank_N + np.searchsorted(self._before, rank_N, side="right")
 
     def epoch(self, step: int) -> float:
         """Balanced epochs before this step."""
@@ -224,7 +223,7 @@ class SubjectSampler:
     """
     Every subject equally often: each round takes one window of every subject, in random order.
 
-    A subject's windows, id ranges (R, 2) of its recordings, all come once before any comes again, in an order of its own.
+    A subject's windows, id ranges (R, 2) of its recordings, come in an order of their own, all once before any comes again.
     """
 
     def __init__(self, subjects: Iterable[np.ndarray], batch: int, seed: int):

@@ -199,7 +199,7 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
 def _layout(part: Dataset) -> str:
     if part.rule and part.rule.pattern:
         return "toml"
-    if (part.base / "dataset_description.json").is_file() or any(_BIDS_NAME.match(_stem(p)) for p in part.paths):
+    if part.described or any(_BIDS_NAME.match(_stem(p)) for p in part.paths):
         return "bids"
     for path in part.paths:
         places = _places(path)
@@ -242,7 +242,7 @@ def _facts(layout: str, relative: str, part: Dataset) -> dict[str, str] | tuple[
         facts = part.rule.match(relative)
         if facts is None:
             return "no_pattern_match", f"the pattern of {part.rule.path.name} doesn't match"
-    elif layout == "bids":
+    elif layout == "bids" and (part.described or _BIDS_NAME.match(stem)):
         if not _BIDS_NAME.match(stem):
             return "not_bids", f"{file} isn't named sub-…_eeg"
         named = _entities(stem)

@@ -19,16 +19,19 @@ def settle_rate(own: float | None, stated: float | None, name: str, tolerance: f
     return float(rates[-1])
 
 
+ARBITRARY = "a.u."
 UNIT_WORDS = {"volts": 1e6, "millivolt": 1e3, "millivolts": 1e3}  # beside those of EDF headers
 
 
-def unit_factor(own: str | None, stated: str | None, name: str) -> float:
+def settle_unit(own: str | None, stated: str | None, name: str) -> tuple[str, float]:
     """
-    Factor to microvolts; a stated unit also replaces one that is no voltage.
+    (`uV`, factor to microvolts), or (`a.u.`, 1) if it is stated that the unit is unknown.
 
-    Raises Rejected: `unit_missing`, `unit_unknown`, `unit_conflict`.
+    A stated unit also replaces one that is no voltage. Raises Rejected: `unit_missing`, `unit_unknown`, `unit_conflict`.
     """
-    mend = 'state unit = "uV" (or "mV", "V") in dataset.toml'
+    if stated == ARBITRARY:
+        return ARBITRARY, 1.0
+    mend = f'state unit = "uV" in dataset.toml (or "mV", "V"; "{ARBITRARY}" if nobody knows)'
     texts = [(text or "").strip() for text in (own, stated)]
     factors = [UNITS.get(t) or UNITS.get(t.lower()) or UNIT_WORDS.get(t.lower()) for t in texts]
     if not any(texts):
@@ -37,7 +40,7 @@ def unit_factor(own: str | None, stated: str | None, name: str) -> float:
         raise Rejected("unit_unknown", f"{name}: {texts[1] or texts[0]!r} is no unit of voltage: {mend}")
     if all(factors) and factors[0] != factors[1]:
         raise Rejected("unit_conflict", f"{name} says {texts[0]}, but unit = {texts[1]!r} is stated")
-    return factors[0] or factors[1]
+    return "uV", factors[0] or factors[1]
 
 
 def settle_channels(

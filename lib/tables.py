@@ -17,7 +17,7 @@ import numpy as np
 from lib import channels
 from lib.errors import Rejected
 from lib.recordings import Event, ReadSpec, Recording, Segment, code_events, onset_of
-from lib.statements import settle_channels, settle_rate, unit_factor
+from lib.statements import ARBITRARY, settle_channels, settle_rate, settle_unit
 from lib.timestamps import read_clock
 
 TIMES = {"time", "times", "t", "timestamp", "timestamps", "time_stamp", "time_stamps", "lsl_timestamp", "seconds"}
@@ -60,8 +60,9 @@ def to_recording(path: Path, table: Table, spec: ReadSpec) -> Recording:
         table.names = [f"ch{i + 1}" for i in range(count)]  # axes have no standard names that could be wrong
     names, picked = settle_channels(table.names or [], spec.channels, count, path.name)
     kinds = ["vibration" if vibration else channels.kind(name) for name in names]
-    unit = (spec.unit or table.unit or "a.u.") if vibration else "uV"
-    factor = 1.0 if vibration else unit_factor(table.unit, spec.unit, path.name)
+    unit, factor = spec.unit or table.unit or ARBITRARY, 1.0
+    if not vibration:
+        unit, factor = settle_unit(table.unit, spec.unit, path.name)
 
     total = snapshots * samples
     clock, rate_hz = _clock(path, table, spec)
@@ -118,6 +119,11 @@ class Layout:
         except ValueError:
             return None
 
+    def is_data(self, row: list[str]) -> bool:
+        """Whether there are numbers, and at least as many as texts, which a marker or comment may be."""
+        texts = sum(self.number(cell) is None for cell in row)
+        return any(row) and texts <= self.width / 2 and texts < sum(map(bool, row))
+
 
 def _layout(lines: list[str]) -> Layout:
     """The layout that cuts lines from the middle of the file into equally many cells."""
@@ -144,7 +150,7 @@ def _read_text(path: Path, spec: ReadSpec) -> Table:
         raise Rejected("no_data", f"{path.name} has no rows")
     layout = _layout(lines)
     top = layout.cells(lines[:50])
-    numeric = [len(row) == layout.width and None not in map(layout.number, row) for row in top]
+    numeric = [len(row) == layout.width and layout.is_data(row) for row in top]
     if not any(numeric):
         raise Rejected("not_numeric", f"{path.name}: no row of {layout.width} numbers among its first {len(top)}")
     first = numeric.index(True)

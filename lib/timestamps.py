@@ -4,6 +4,7 @@ Sampling rate and gaps of a signal from the time stamps of its samples, which ji
 T samples, E events.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,42 +46,20 @@ class Clock:
 
 
 def read_clock(stamps_T, name: str) -> Clock:
-    """
-    The clock behind time stamps in seconds, one per sample.
-
-    A gap is a jump after which stamps stay late; what was only delivered late is made up for soon.
-    Raises Rejected: `time_stamps`, `time_order`.
-    """
+    """The clock behind time stamps in seconds, one per sample. Raises Rejected: `time_stamps`, `time_order`."""
     t_T = np.asarray(stamps_T, np.float64)
-    if len(t_T) < 4 or not np.isfinite(t_T).all():
-        raise Rejected(
-            "time_stamps", f"{name}: {np.count_nonzero(~np.isfinite(t_T))} of {len(t_T)} time stamps are not numbers"
-        )
+    bad = np.count_nonzero(~np.isfinite(t_T))
+    if len(t_T) < 4 or bad:
+        raise Rejected("time_stamps", f"{name}: {len(t_T)} time stamps, of which {bad} are not numbers")
     lag = min(1000, len(t_T) // 4)  # over many samples rounding and bursts average out, and few lags span a gap
     period_s = float(np.median(t_T[lag:] - t_T[:-lag])) / lag
     if not period_s > 0:
         raise Rejected("time_order", f"{name}: time stamps don't increase")
-    excess_T = np.diff(t_T) - period_s
-    jumps = np.flatnonzero(np.abs(excess_T) > MISSING * period_s)
-    jitter_s = np.quantile(np.abs(excess_T), 0.99)  # bursts are regular, gaps are rare
-    late_T = t_T - t_T[0] - np.arange(len(t_T)) * period_s
-    near = max(1, round(LEVEL_S / period_s))
-    gaps, since = [], 0
-    for i in jumps.tolist():
-        if i + 1 - since < near // 10:  # too close to the last gap to judge its level
-            missing = excess_T[i] > 3 * jitter_s
-        else:
-            # the least late sample on either side: deliveries may be late for long, but all of them only if samples are missing
-            before_s, after_s = late_T[max(since, i + 1 - near) : i + 1].min(), late_T[i + 1 : i + 1 + near].min()
-            missing = (after_s - before_s) / excess_T[i] > 0.5 and abs(after_s - before_s) > jitter_s
-        if missing:
-            gaps.append(i)
-            since = i + 1
-    row = next((i for i in gaps if excess_T[i] < 0), None)
-    if row is not None:
-        raise Rejected("time_order", f"{name}: time goes back by {t_T[row] - t_T[row + 1]:.3f} s after sample {row}")
+    edges = _edges(t_T, period_s)
+    back = next((e for e in edges[1:-1] if t_T[e] < t_T[e - 1]), None)
+    if back is not None:
+        raise Rejected("time_order", f"{name}: time goes back by {t_T[back - 1] - t_T[back]:.3f} s at sample {back}")
 
-    edges = [0, *(i + 1 for i in gaps), len(t_T)]
     spans = list(pairwise(edges))
     # one period for all pieces, since it is one device: least squares, pooled
     numbers = [np.arange(b - a) - (b - a - 1) / 2 for a, b in spans]
@@ -88,3 +67,33 @@ def read_clock(stamps_T, name: str) -> Clock:
     if weight > 0:
         period_s = sum(float(n @ t_T[a:b]) for n, (a, b) in zip(numbers, spans, strict=True)) / weight
     return Clock(1 / period_s, [(a, b, float(t_T[a:b].mean()) - period_s * (b - a - 1) / 2) for a, b in spans])
+
+
+def _edges(t_T: np.ndarray, period_s: float) -> list[int]:
+    """Where pieces without a gap start and stop: a gap is a jump after which stamps stay late; what only came late is made up for soon."""
+    excess_T = np.diff(t_T) - period_s
+    jumps = np.flatnonzero(np.abs(excess_T) > MISSING * period_s)
+    jitter_s = np.quantile(np.abs(excess_T), 0.99)  # bursts are regular, gaps are rare
+    late_T = t_T - t_T[0] - np.arange(len(t_T)) * period_s
+    near = max(1, round(LEVEL_S / period_s))
+
+    def missing(i: int, start: int, stop: int) -> bool:
+        """Whether samples are missing after sample i of a piece [start, stop)."""
+        before_T, after_T = late_T[max(start, i + 1 - near) : i + 1], late_T[i + 1 : min(stop, i + 1 + near)]
+        if min(len(before_T), len(after_T)) < near // 10:  # too close to a gap to judge the level between the two
+            return excess_T[i] > 3 * jitter_s
+        # the least late samples: deliveries may be late for long, but all of them only if samples are missing
+        shift_s = after_T.min() - before_T.min()
+        return shift_s / excess_T[i] > 0.5 and abs(shift_s) > jitter_s
+
+    edges = [0, len(t_T)]
+    by_size = sorted(jumps.tolist(), key=lambda i: -abs(excess_T[i]))  # so that small ones are judged between the large
+    for i in by_size:
+        place = bisect_left(edges, i + 1)
+        if missing(i, edges[place - 1], edges[place]):
+            edges.insert(place, i + 1)
+    for i in by_size:  # once more, now that smaller ones beside them are known too
+        place = bisect_left(edges, i + 1)
+        if edges[place] == i + 1 and not missing(i, edges[place - 1], edges[place + 1]):
+            edges.pop(place)
+    return edges

@@ -13,7 +13,7 @@ import pyxdf
 from lib import channels
 from lib.errors import Rejected
 from lib.recordings import Event, ReadSpec, Recording, code_events, code_label
-from lib.statements import settle_channels, settle_rate, unit_factor
+from lib.statements import ARBITRARY, settle_channels, settle_rate, settle_unit
 from lib.timestamps import read_clock
 
 MARKER_WORDS = ("marker", "event", "stim", "trigger")
@@ -39,11 +39,11 @@ def open_xdf(path: Path, spec: ReadSpec) -> Recording:
     names, columns = settle_channels(labels if any(labels) else [], spec.channels, x_TC.shape[1], path.name)
     about = [described[i] if described else {} for i in columns]
     kinds = [_kind(channel, name) for channel, name in zip(about, names, strict=True)]
-    electric = [kind in ("eeg", "unknown") for kind in kinds]  # the others are read as they are
-    factors = [
-        unit_factor(c.get("unit"), spec.unit, path.name) if e else 1.0 for c, e in zip(about, electric, strict=True)
+    units = [
+        settle_unit(channel.get("unit"), spec.unit, path.name) if kind in ("eeg", "unknown") else ("uV", 1.0)
+        for channel, kind in zip(about, kinds, strict=True)  # the others are read as they are
     ]
-    factor_C = np.array(factors, np.float32)
+    factor_C = np.array([factor for _, factor in units], np.float32)
 
     clock = read_clock(eeg["time_stamps"], path.name)
     rate_hz = _rate(path, float(_field(eeg, "nominal_srate") or 0), clock.rate_hz, spec, notes)
@@ -64,7 +64,7 @@ def open_xdf(path: Path, spec: ReadSpec) -> Recording:
         names=names,
         kinds=kinds,
         rates_hz=[rate_hz] * len(names),
-        unit="uV",
+        unit=ARBITRARY if spec.unit == ARBITRARY else "uV",
         samples=len(x_TC),
         segments=segments,
         take=lambda indices: x_TC[:, [columns[i] for i in indices]].T.astype(np.float32) * factor_C[indices][:, None],

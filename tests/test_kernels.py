@@ -3,9 +3,11 @@
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,20 @@ import kernels
 from kernels import build, reference
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = [(1, 1), (7, 1), (8, 8), (16, 16), (17, 3), (31, 13), (400, 21), (401, 21), (251, 129), (64, 256), (33, 260), (3001, 19)]
+SIZES = [
+    (1, 1),
+    (7, 1),
+    (8, 8),
+    (16, 16),
+    (17, 3),
+    (31, 13),
+    (400, 21),
+    (401, 21),
+    (251, 129),
+    (64, 256),
+    (33, 260),
+    (3001, 19),
+]
 
 
 @pytest.fixture(params=["reference", "c++"])
@@ -79,7 +94,7 @@ def meaning(case: Case, clip: float = 15.0, dtype=torch.float32) -> torch.Tensor
     """What comes out, written once more and without any reading."""
     _, _, _, map_BC, gain_BC, bias_BC, samples = case.args
     x_BCT = torch.zeros(*map_BC.shape, samples)
-    for b, (file, start) in enumerate(zip(case.file_B, case.start_B)):
+    for b, (file, start) in enumerate(zip(case.file_B, case.start_B, strict=True)):
         for c, channel in enumerate(map_BC[b].tolist()):
             if channel >= 0:
                 x_T = case.signals[file][start : start + samples, channel].float().clamp(-clip, clip)
@@ -116,7 +131,9 @@ def test_windows_larger_than_a_block(gather, tmp_path):
 def test_every_map(gather, tmp_path):
     with Case(tmp_path, 50, (21,), windows=5) as case:
         whole = torch.arange(21, dtype=torch.int32)
-        case.args[3] = torch.stack([whole, whole.flip(0), torch.full_like(whole, -1), torch.full_like(whole, 20), whole // 2])
+        case.args[3] = torch.stack(
+            [whole, whole.flip(0), torch.full_like(whole, -1), torch.full_like(whole, 20), whole // 2]
+        )
         x_BCT = gather(*case.args, clip=15.0)
         assert torch.equal(bits(x_BCT), bits(meaning(case)))
         assert not x_BCT[2].any(), "an absent channel is zero, whatever its bias"
@@ -166,13 +183,17 @@ def test_inputs_may_be_strided_and_out_is_filled(gather, tmp_path):
         assert gather(*wide, *turned, samples, clip=15.0, out=out) is out
         assert torch.equal(bits(out), bits(expected))
         one_recording = [fds[:1].expand(4), widths[:1].expand(4)]
-        assert torch.equal(bits(gather(one_recording[0], offsets, one_recording[1], *case.args[3:], clip=15.0)), bits(expected))
+        assert torch.equal(
+            bits(gather(one_recording[0], offsets, one_recording[1], *case.args[3:], clip=15.0)), bits(expected)
+        )
 
 
 def test_a_file_that_ends_too_early_is_named(gather, tmp_path):
     with Case(tmp_path, 64, (5,), windows=6) as case:
         case.args[1][[2, 4]] += 2 * 5 * 100
-        with pytest.raises(kernels.UnreadableWindow, match=r"window 2 of the batch: the file ends after \d+ of its 640 bytes") as info:
+        with pytest.raises(
+            kernels.UnreadableWindow, match=r"window 2 of the batch: the file ends after \d+ of its 640 bytes"
+        ) as info:
             gather(*case.args, clip=15.0)
         assert info.value.window == 2 and info.value.errno == errno.ENODATA
         case.args[1][2] = 1 << 40
@@ -228,7 +249,7 @@ def test_wrong_outputs_are_named(gather, tmp_path):
                 gather(*case.args, clip=clip)
 
 
-def test_the_generic_path_and_any_number_of_threads_agree(needs_cpp, tmp_path):
+def test_any_number_of_threads_agrees(needs_cpp, tmp_path):
     before = torch.get_num_threads()
     try:
         with Case(tmp_path, 400, (64, 21), windows=100, out_channels=40) as case:
@@ -260,18 +281,26 @@ def test_many_python_threads_at_once(gather, tmp_path):
 
 
 def test_the_gil_is_free_while_windows_are_read(needs_cpp, tmp_path):
-    """A read that never ends (a FIFO can't be pread, so: a slow one) lets other Python threads run."""
+    """Another Python thread's longest pause is shorter than the read; on a busy machine not every time, with the GIL held never."""
     with Case(tmp_path, 4000, (200,), windows=60) as case:
+        out = torch.empty(*case.args[3].shape, 4000)
+        kernels.gather_windows(*case.args, out=out)
         ticks, stop = [], threading.Event()
-        counter = threading.Thread(target=lambda: [ticks.append(1) for _ in iter(stop.is_set, True)])
-        kernels.gather_windows(*case.args)
-        counter.start()
-        before = len(ticks)
-        torch.ops.berger.gather_windows(*case.args[:6], 15.0, torch.empty(*case.args[3].shape, 4000))
-        during = len(ticks) - before
+        clock = threading.Thread(target=lambda: [ticks.append(time.perf_counter()) for _ in iter(stop.is_set, True)])
+        clock.start()
+        shares = []
+        for _ in range(10):
+            ticks.clear()
+            began = time.perf_counter()
+            torch.ops.berger.gather_windows(*case.args[:6], 15.0, out)
+            ended = time.perf_counter()
+            inside = [began, *(t for t in list(ticks) if began < t < ended), ended]
+            shares.append(np.diff(inside).max() / (ended - began))
+            if shares[-1] < 0.5:
+                break
         stop.set()
-        counter.join()
-        assert during > 1000, f"the other thread ran {during} times"
+        clock.join()
+        assert min(shares) < 0.5, shares
 
 
 def test_a_forked_process_reads_too(needs_cpp, tmp_path):
@@ -279,10 +308,12 @@ def test_a_forked_process_reads_too(needs_cpp, tmp_path):
     torch.set_num_threads(2)
     try:
         with Case(tmp_path, 400, (21,), windows=100) as case:
-            expected = bits(kernels.gather_windows(*case.args, clip=15.0))
+            expected = kernels.gather_windows(*case.args, clip=15.0).numpy()
             child = os.fork()
-            if child == 0:
-                os._exit(0 if torch.equal(bits(kernels.gather_windows(*case.args, clip=15.0)), expected) else 1)
+            if child == 0:  # no torch operation but ours: OpenMP is what hangs after a fork
+                signal.alarm(30)
+                x_BCT = kernels.gather_windows(*case.args, clip=15.0).numpy()
+                os._exit(0 if np.array_equal(x_BCT, expected, equal_nan=True) else 1)
             assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(1)
@@ -325,14 +356,9 @@ def test_the_operator_checks_for_itself(needs_cpp, tmp_path):
                 operator(*arguments)
 
 
-def run(code: str, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
-    )
-
-
 READ = """
-import torch, kernels
+import sys, torch, kernels
+assert "kernels.build" not in sys.modules and kernels._path is None, "importing compiles nothing"
 one = torch.ones(1, dtype=torch.int64)
 with open("LICENSE", "rb") as f:
     for _ in range(2):
@@ -341,27 +367,43 @@ print(kernels.path(), x.double().nan_to_num().sum().item())
 """
 
 
+def run(*arguments: str, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120)
+
+
 def test_without_kernels_everything_works_and_says_so_once(needs_cpp):
-    off, on, no_compiler = run(READ, BERGER_KERNELS="0"), run(READ), run(READ, CXX="/nonexistent/g++")
-    assert off.returncode == on.returncode == no_compiler.returncode == 0, off.stderr + on.stderr + no_compiler.stderr
-    assert off.stdout.split()[0] == "reference" and on.stdout.startswith("c++ (")
+    off, on = run("-c", READ, BERGER_KERNELS="0"), run("-c", READ, CXX="no-such-compiler")
+    assert off.returncode == on.returncode == 0, off.stderr + on.stderr
+    assert (
+        off.stdout.split()[0] == "reference" and off.stderr.count("kernels: ") == 1 and "BERGER_KERNELS=0" in off.stderr
+    )
+    assert on.stdout.startswith("c++ (") and on.stderr.count("kernels: C++") == 1, (
+        "a library that is there needs no compiler"
+    )
     assert off.stdout.split()[-1] == on.stdout.split()[-1]
-    assert off.stderr.count("kernels: ") == 1 and "BERGER_KERNELS=0" in off.stderr
-    assert on.stderr.count("kernels: C++") == 1
-    assert no_compiler.stdout.startswith("c++"), "a library that is there needs no compiler"
-    assert "kernels:" not in run(READ, LOCAL_RANK="1").stderr, "one rank speaks"
 
 
-def test_importing_compiles_nothing():
-    code = "import sys, kernels; print('kernels.build' in sys.modules, kernels._path)"
-    assert run(code).stdout.split() == ["False", "None"]
+def test_one_rank_speaks(monkeypatch, capsys):
+    for rank, said in (("0", "kernels: hello\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        kernels._say("hello")
+        assert capsys.readouterr().err == said
+
+
+def test_processors_without_avx2(needs_cpp):
+    """The tests of this file that compare values, on the path that any processor can run."""
+    some = "c++ and (meaning or offset or block or map or zero or clip or even)"
+    done = run("-m", "pytest", "-q", "-s", __file__, "-k", some, BERGER_KERNELS="generic")
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+    assert "kernels: C++, generic" in done.stderr
 
 
 @pytest.fixture
 def empty_build(tmp_path, monkeypatch):
     """A checkout in which nothing has been compiled, with a small source in it."""
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "a.cpp").write_text("extern \"C\" int answer() { return 42; }\n")
+    (tmp_path / "csrc" / "a.cpp").write_text('extern "C" int answer() { return 42; }\n')
     monkeypatch.setattr(build, "HERE", tmp_path)
     if build.compiler() is None:
         pytest.skip("no g++")
@@ -381,7 +423,7 @@ def test_many_processes_compile_once(empty_build):
 
 def test_a_changed_source_or_torch_is_another_library(empty_build, monkeypatch):
     first = build.build()
-    (empty_build / "csrc" / "a.cpp").write_text("extern \"C\" int answer() { return 43; }\n")
+    (empty_build / "csrc" / "a.cpp").write_text('extern "C" int answer() { return 43; }\n')
     second = build.library()
     monkeypatch.setattr(torch, "__version__", "0.0")
     assert len({first, second, build.library()}) == 3 and not second.exists()

@@ -55,7 +55,7 @@ def test_every_mask_is_exact_disjoint_and_complete(case):
     assert ((context_BCP + target_BCP) == good_BCP).all()  # each good token once, padding and bad channels never
     n_B = good_BCP.sum((1, 2))
     assert (target_BCP.sum((1, 2)) == np.clip(np.floor(ratio * n_B + 0.5), 1, n_B - 1)).all()
-    assert masks.targets == target_BCP.sum() and masks.contexts == context_BCP.sum()
+    assert masks.targets == target_BCP.sum() and masks.tokens == good_BCP.sum()
     assert (
         (masks.target_BM.diff(dim=1)[masks.target_real_BM[:, 1:]] > 0).all()
         if masks.target_real_BM is not None

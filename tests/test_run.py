@@ -130,7 +130,7 @@ def test_a_run_holds_config_command_revision_and_code(script):
 
 
 def test_an_existing_run_is_neither_continued_nor_lost_by_accident(script):
-    cfg = Config(run="a")
+    cfg = Config(name="a")
     run = Run(cfg, str(script), ONE)
     run.log(1, loss=1.0)
     with pytest.raises(Unusable, match="--resume"):
@@ -140,7 +140,7 @@ def test_an_existing_run_is_neither_continued_nor_lost_by_accident(script):
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(Unusable, match="exists"):  # --overwrite deletes runs, nothing else
-        Run(Config(run="notes", overwrite=True), str(script), ONE)
+        Run(Config(name="notes", overwrite=True), str(script), ONE)
     assert (foreign / "thesis.txt").exists()
     run.close()
 
@@ -149,21 +149,21 @@ def test_resume_takes_the_flags_of_the_run(script):
     with pytest.raises(Unusable, match="no run to resume"):
         saved_config(Config(resume=True))
     with pytest.raises(Unusable, match="no run to resume"):
-        saved_config(Config(run="b", resume=True))
-    Run(Config(run="b", lr=0.7, band_hz=None), str(script), ONE).close()
+        saved_config(Config(name="b", resume=True))
+    Run(Config(name="b", lr=0.7, band_hz=None), str(script), ONE).close()
     Run(Config(lr=0.3), str(script), ONE).close()
 
     def parse(*args):
         return command.parse(Config, args, "", PRESETS, saved_config)
 
-    assert parse("--run", "b", "--resume").lr == 0.7 and parse("--run", "b", "--resume").band_hz is None
+    assert parse("--name", "b", "--resume").lr == 0.7 and parse("--name", "b", "--resume").band_hz is None
     assert parse("--resume").lr == 0.3  # the newest numbered run
-    assert parse("--run", "b", "--resume", "--lr", "0.7", "--device", "cpu").device == "cpu"
+    assert parse("--name", "b", "--resume", "--lr", "0.7", "--device", "cpu").device == "cpu"
     with pytest.raises(Unusable, match="--lr 0.7, not 0.6"):
-        parse("--run", "b", "--resume", "--lr", "0.6")
+        parse("--name", "b", "--resume", "--lr", "0.6")
     (Path("runs/b/config.json")).write_text('{"lr": 0.7, "gone": 1}')
     with pytest.raises(Unusable, match="another version"):
-        parse("--run", "b", "--resume")
+        parse("--name", "b", "--resume")
 
 
 def train(run: Run, first: int, last: int, model, optimizer) -> None:
@@ -184,10 +184,10 @@ def fresh():
 
 def test_state_and_log_continue_as_if_nothing_had_happened(script):
     model, optimizer = fresh()
-    straight = Run(Config(run="straight"), str(script), ONE)
+    straight = Run(Config(name="straight"), str(script), ONE)
     train(straight, 0, 9, model, optimizer)
 
-    broken = Run(Config(run="broken"), str(script), ONE)
+    broken = Run(Config(name="broken"), str(script), ONE)
     halfway, its_optimizer = fresh()
     train(broken, 0, 4, halfway, its_optimizer)
     broken.save({"step": 4, "dtype": "float32"}, {"model": halfway}, its_optimizer)
@@ -196,7 +196,7 @@ def test_state_and_log_continue_as_if_nothing_had_happened(script):
         log.write('{"step": 7, "lo')  # and the kill came in the middle of a line
     assert len(broken.lines()) == 6
 
-    resumed = Run(Config(run="broken", resume=True), str(script), ONE)
+    resumed = Run(Config(name="broken", resume=True), str(script), ONE)
     again, its_optimizer = fresh()
     with torch.no_grad():
         again.weight.zero_()
@@ -213,9 +213,9 @@ def test_state_and_log_continue_as_if_nothing_had_happened(script):
 
 
 def test_a_run_killed_before_its_first_save_starts_over(script):
-    run = Run(Config(run="early"), str(script), ONE)
+    run = Run(Config(name="early"), str(script), ONE)
     run.log(0, val_loss=1.0)
-    resumed = Run(Config(run="early", resume=True), str(script), ONE)
+    resumed = Run(Config(name="early", resume=True), str(script), ONE)
     model, optimizer = fresh()
     assert resumed.restore({"model": model}, optimizer) == {"step": 0} and resumed.lines() == []
     run.close()
@@ -223,7 +223,7 @@ def test_a_run_killed_before_its_first_save_starts_over(script):
 
 
 def test_a_state_that_is_damaged_or_does_not_fit_is_refused(script):
-    run = Run(Config(run="c"), str(script), ONE)
+    run = Run(Config(name="c"), str(script), ONE)
     model, optimizer = fresh()
     train(run, 0, 1, model, optimizer)
     run.save({"step": 1}, {"model": model}, optimizer)
@@ -240,7 +240,7 @@ def test_a_state_that_is_damaged_or_does_not_fit_is_refused(script):
 
 
 def test_the_first_signal_lets_the_step_finish(script):
-    run = Run(Config(run="d"), str(script), ONE)
+    run = Run(Config(name="d"), str(script), ONE)
     os.kill(os.getpid(), signal.SIGTERM)
     assert run.stop
     with pytest.raises(KeyboardInterrupt):

@@ -4,9 +4,9 @@
 // channels of the file are transposed, because a window's bytes must be read whole anyway; the map then picks rows, so that
 // identity, permutation, repeats and gaps are one code path. Every result is bit-equal to the reference: no fused multiply-add.
 //
-// Measured and left out: non-temporal stores (4-10 % faster here, lost again by whoever reads the batch next), mmap instead of
-// pread (1.4 x warm on one thread, but a truncated shard kills the process), OpenMP (its idle threads spin for milliseconds, which
-// the training step beside the loader pays for).
+// Measured and left out: mmap instead of pread (1.5 x on one thread while the file is in memory, but a truncated shard or a failing
+// disk then kills the process), non-temporal stores (no gain), OpenMP's threads (they spin for milliseconds after each batch, at the
+// cost of the training step beside the loader, and hang in a forked process).
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -21,12 +21,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -145,7 +146,9 @@ struct Path {
 const Path& path() {
   static const Path chosen = [] {
 #ifdef X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+    const char* wanted = std::getenv("BERGER_KERNELS");
+    const bool generic = wanted != nullptr && std::string_view(wanted) == "generic";
+    if (!generic && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
       return Path{"avx2", transpose_avx2, convert_avx2<float>, convert_avx2<c10::BFloat16>};
 #endif
     return Path{"generic", transpose, convert<float>, convert<c10::BFloat16>};
