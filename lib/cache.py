@@ -40,8 +40,14 @@ class Recording:
     names: tuple[str, ...]
     samples: int
     segments: tuple[tuple[int, int], ...]  # [start, stop) samples; windows never cross their borders
-    shard: Path
+    folder: Path
+    file: str
     montage: int
+
+    @property
+    def shard(self) -> Path:
+        """The file that holds its samples."""
+        return self.folder / self.file
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ class Cache:
         }
         _refuse(path, store.table_problems(path, tables))
         index, labels = (json.loads((path / name).read_bytes()) for name in ("index.json", "labels.json"))
-        data = path / manifest["directory"]
-        _refuse(path, store.shard_problems(data, index["recordings"]))
+        _refuse(path, store.shard_problems(path / manifest["directory"], index["recordings"]))
+        data = path / manifest["directory"] / "shards"
         scales.append(np.load(path / "scales.npy"))
         known = {r.key for r in self.recordings}
         for row in index["recordings"]:
@@ -139,7 +145,8 @@ class Cache:
                     tuple(montage["names"]),
                     row["samples"],
                     tuple((start, stop) for start, stop, _ in row["segments"]),
-                    data / "shards" / row["shard"],
+                    data,
+                    row["shard"],
                     len(montages) + row["montage"],
                 )
             )

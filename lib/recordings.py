@@ -274,6 +274,8 @@ def open_fif(path: Path, spec: ReadSpec) -> Recording:
 
 
 def open_mff(path: Path, spec: ReadSpec) -> Recording:
+    import defusedxml.ElementTree  # noqa: F401  MNE up to 1.11 uses it without importing it
+
     return open_mne(path, spec, typed=True, events_as_annotations=True)
 
 
