@@ -13,6 +13,7 @@ are listed in quarantine.json with a code and a reason; the build goes on and en
 
 import contextlib
 import fcntl
+import json
 import os
 import shlex
 import socket
@@ -31,6 +32,7 @@ from lib.errors import Failed, Rejected, Unusable
 from lib.inspection import check_amplitude, inspect
 from lib.recordings import ReadSpec
 from lib.sources import Discovery, Source, discover
+from lib.statements import VIBRATION_UNITS
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 RECIPE = 1  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
@@ -56,7 +58,7 @@ class Config:
     scale: Literal["robust", "zscore", "none"] = "robust"  # per recording and channel; microvolts stay recoverable
     causal: bool = False  # the filter that serve_realtime.py runs, instead of the zero-phase one
     engine: Literal["fft", "mne"] = "fft"  # mne: MNE's own filter and resample, slower, as a cross-check
-    min_seconds: float = 1.0  # shorter segments are left out, shorter recordings are quarantined
+    min_seconds: float | None = None  # shorter segments are left out, s; none: 1 for EEG, 0.05 for vibration snapshots
     # what files that don't carry it need; a dataset.toml is the better place
     source_rate_hz: float | None = None  # rate of csv, npy, mat … files
     source_unit: str | None = None  # their unit, e.g. uV, mV, g
@@ -113,7 +115,7 @@ def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
         "scale": cfg.scale,
         "causal": cfg.causal,
         "engine": cfg.engine,
-        "min_seconds": cfg.min_seconds,
+        "min_seconds": (1.0 if eeg else 0.05) if cfg.min_seconds is None else cfg.min_seconds,
         "dtype": "float16",
     }
 
@@ -167,7 +169,8 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
     y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
     if not segments:
         raise Rejected(
-            "too_short", f"no segment of {signal['min_seconds']:g} s is left of {x_CT.shape[1] / rate_hz:.2f} s"
+            "too_short",
+            f"no segment of {signal['min_seconds']:g} s (--min-seconds) is left of {x_CT.shape[1] / rate_hz:.2f} s",
         )
 
     good = np.setdiff1d(np.arange(len(present)), check.bad)
@@ -501,6 +504,11 @@ def finalise(cfg: Config, found: Discovery, signal: dict, directory: Path, parts
     if not command_line.exists():
         store.write_atomic(command_line, store.canonical_json({"command": resume_command(cfg)}))
     tables["build.json"] = command_line.read_bytes()
+    refused = json.loads(tables["quarantine.json"])
+    for entry in refused[:20]:
+        print(f"quarantined {entry['key']}: {entry['code']}: {entry['reason']}", file=sys.stderr)
+    if len(refused) > 20:
+        print(f"… and {len(refused) - 20} more, see {cfg.cache / 'quarantine.json'}", file=sys.stderr)
     refusal = manifest.refusal(results, cfg.allow_no_seizures)
     if refusal:
         store.remove_manifest(cfg.cache)
@@ -532,7 +540,9 @@ def _discover(cfg: Config, rank: int) -> tuple[Discovery, str]:
         with _lock(roots[0].parent, f"{roots[0].name}.lock", wait=True):
             write_demo(roots[0])
     names = tuple(n.strip() for n in cfg.source_channels.split(",")) if cfg.source_channels else None
-    found = discover(roots, cfg.dataset, ReadSpec(rate_hz=cfg.source_rate_hz, unit=cfg.source_unit, channels=names))
+    kind = "vibration" if cfg.source_unit in VIBRATION_UNITS else "eeg"
+    stated = ReadSpec(rate_hz=cfg.source_rate_hz, unit=cfg.source_unit, channels=names, kind=kind)
+    found = discover(roots, cfg.dataset, stated)
     for note in found.notes:
         print(note, file=sys.stderr)
     if cfg.anonymise:

@@ -177,6 +177,9 @@ class JEPA(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.predictor = Predictor(encoder.architecture, predictor_layers)
+        self.register_buffer(
+            "centre_D", torch.zeros(encoder.architecture.d_model)
+        )  # moving mean of the teacher's features
 
     def forward(self, part: Part) -> torch.Tensor:
         m, patches = part.masks, part.x_BCT.shape[2] // self.encoder.architecture.patch
@@ -184,11 +187,18 @@ class JEPA(nn.Module):
         return self.predictor(z_BKD, part.positions_BC3, patches, m.context_BK, m.target_BM, m.context_real_BK)
 
 
-def jepa_loss(model: JEPA, teacher: nn.Module, part: Part) -> torch.Tensor:
-    """Sum over the real targets of all windows; the step divides by their number in the global batch."""
+def jepa_loss(model: JEPA, teacher: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Loss summed over the real targets of all windows, and the teacher's features summed over all good tokens (D).
+
+    The step divides both by their number in the global batch.
+    """
     with torch.no_grad():
-        target_BMD = layer_normed(take(teacher(part.x_BCT, part.positions_BC3, part.mask_BC), part.masks.target_BM))
-    return loss_latent(model(part), target_BMD, part.masks.target_real_BM)
+        z_BND = teacher(part.x_BCT, part.positions_BC3, part.mask_BC).float()
+        target_BMD = layer_normed(take(z_BND, part.masks.target_BM) - model.centre_D)
+        if part.mask_BC is not None:
+            z_BND = z_BND * part.mask_BC.repeat_interleave(z_BND.shape[1] // part.mask_BC.shape[1], 1)[:, :, None]
+    return loss_latent(model(part), target_BMD, part.masks.target_real_BM), z_BND.sum((0, 1))
 
 
 @torch.no_grad()
@@ -201,7 +211,10 @@ def evaluate(model: JEPA, teacher: nn.Module, parts: list[Part], dtype: str) -> 
             z_BND = teacher(part.x_BCT, part.positions_BC3, part.mask_BC).float()
             own_BND = model.encoder(part.x_BCT, part.positions_BC3, part.mask_BC).float()
             predicted_BMD = model(part).float()
-        target_BMD, real_BM = layer_normed(take(z_BND, part.masks.target_BM)), part.masks.target_real_BM
+        target_BMD, real_BM = (
+            layer_normed(take(z_BND, part.masks.target_BM) - model.centre_D),
+            part.masks.target_real_BM,
+        )
         losses += float(loss_latent(predicted_BMD, target_BMD, real_BM))
         targets += part.masks.targets
         cosine_BM = F.cosine_similarity(predicted_BMD, target_BMD, dim=2)
@@ -297,20 +310,23 @@ def main(cfg: Config) -> dict | None:
         lr = warmup_cosine(step, steps, cfg.lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        parts, loss_sum = loader.next(), torch.zeros((), device=device)
+        parts, loss_sum, z_sum_D = loader.next(), torch.zeros((), device=device), torch.zeros_like(model.centre_D)
         for part in (p.to(device) for p in parts):
             with autocast(device.type, state["dtype"]):
-                loss = loss_of(model, teacher, part)
+                loss, z_D = loss_of(model, teacher, part)
             loss.backward()
             loss_sum += loss.detach()
+            z_sum_D += z_D
         targets, tokens = (sum(getattr(p.masks, name) for p in parts) for name in ("targets", "tokens"))
         # divided once, by the targets of the global batch: neither ranks nor micro-batches change what a token counts
-        loss_sum, targets, tokens, stop = ranks.sum_gradients(parameters, [loss_sum, targets, tokens, run.stop])
-        torch._foreach_div_([p.grad for p in parameters], targets)
+        gradients = [p.grad for p in parameters]
+        loss_sum, targets, tokens, stop = ranks.sum([*gradients, z_sum_D], [loss_sum, targets, tokens, run.stop])
+        torch._foreach_div_(gradients, targets)
         norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
         if math.isfinite(loss_sum) and math.isfinite(norm):
             optimizer.step()
             ema_update(teacher, model.encoder, ema_momentum(step, steps, cfg.ema))
+            model.centre_D.lerp_(z_sum_D / tokens, 0.1 if step else 1.0)
             state["recent"].append((loss_sum / targets, norm))
             state["in_a_row"] = 0
         else:  # never stepped on
@@ -363,7 +379,7 @@ def trial(model: JEPA, teacher: nn.Module, part: Part) -> Callable[[str], None]:
 
     def work(dtype: str) -> None:
         with autocast(part.x_BCT.device.type, dtype):
-            loss = jepa_loss(model, teacher, part)
+            loss, _ = jepa_loss(model, teacher, part)
         loss.backward()
 
     return work

@@ -194,7 +194,9 @@ def split_toml(people: list[cohort.Subject]) -> bytes:
     if len(people) < 6:
         return b'name = "demo"\n'
     lists = {name: [s.id for s in people if s.number // 2 % 7 == place] for name, place in (("val", 1), ("test", 2))}
-    return "\n".join(['name = "demo"', "", "[split]", *(f"{name} = {json.dumps(ids)}" for name, ids in lists.items()), ""]).encode()
+    return "\n".join(
+        ['name = "demo"', "", "[split]", *(f"{name} = {json.dumps(ids)}" for name, ids in lists.items()), ""]
+    ).encode()
 
 
 def _dataset_description(parameters: dict) -> dict:

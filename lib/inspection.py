@@ -62,7 +62,11 @@ def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
             f"median robust deviation {deviation_uV:.3g} µV, where EEG has {PLAUSIBLE_UV[0]:g} to {PLAUSIBLE_UV[1]:g}: a wrong unit",
         )
     unusual = not USUAL_UV[0] <= deviation_uV <= USUAL_UV[1]
-    return [f"unusual amplitude, the stated unit may be wrong: median robust deviation {deviation_uV:.3g} µV"] if unusual else []
+    return (
+        [f"unusual amplitude, the stated unit may be wrong: median robust deviation {deviation_uV:.3g} µV"]
+        if unusual
+        else []
+    )
 
 
 def _look(x_CT: np.ndarray, segments: list[Segment]) -> np.ndarray:

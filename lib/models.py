@@ -267,6 +267,10 @@ def load_encoder(path: str | Path, cache=None) -> tuple[nn.Module, dict]:
                 raise Unusable(
                     f"{path} was trained at {name} {ours}, the cache has {theirs}: rebuild the cache with the encoder's value"
                 )
-    encoder = build_encoder(Architecture(**meta["architecture"]))
-    encoder.load_state_dict(tensors)
+    try:
+        encoder = build_encoder(Architecture(**meta["architecture"]))
+        encoder.load_state_dict(tensors)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise Unusable(f"{path} was written by another version of lib/models.py ({reason}); train it again") from error
     return encoder.eval(), meta

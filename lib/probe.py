@@ -22,7 +22,7 @@ BANDS_HZ = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30)
 MOST_CLASSES = 10  # a column of more distinct words says nothing that a linear probe could learn
 MOST_LEVELS = 5  # a column of more distinct numbers is a quantity
 MOST_LABELS = 12
-FEWEST_SUBJECTS = 4  # in val; fewer make a score that is an anecdote
+FEWEST_SUBJECTS = 8  # in val, to be scored on it; fewer make a score that is an anecdote
 NOT_LABELS = {"session", "run", "dataset", "split", "subject"}  # who and where, not what
 COVERED = 0.9  # share of a window that an event must cover to be its label
 
@@ -186,7 +186,7 @@ def _as_label(name: str, values: list, subject: np.ndarray) -> Label | None:
     numbers = [_number(v) for v in values]
     if len(known) > MOST_LEVELS and all(_number(v) is not None for v in known):
         subjects = {s for s, v in zip(subject, numbers, strict=True) if v is not None}
-        return Label(name, True, numbers) if len(subjects) >= 2 * FEWEST_SUBJECTS else None
+        return Label(name, True, numbers) if len(subjects) >= FEWEST_SUBJECTS else None
     if len(known) > MOST_CLASSES:
         return None
     seen = Counter(v for v, _ in {(v, s) for v, s in zip(values, subject, strict=True) if v is not None})

@@ -30,15 +30,15 @@ class Ranks:
         """Which windows of the global batch this process takes."""
         return np.arange(self.rank, batch, self.world)
 
-    def sum_gradients(self, parameters: list[torch.nn.Parameter], numbers: list) -> list[float]:
-        """Add up the gradients in place, in one message, and return the sums of `numbers`, kept exact by a message of their own."""
+    def sum(self, tensors: list[torch.Tensor], numbers: list) -> list[float]:
+        """Add up float32 tensors in place, in one message, and return the sums of `numbers`, kept exact by a message of their own."""
         sums = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device) for n in numbers])
         if self.world > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
+            flat = torch.cat([t.flatten() for t in tensors])
             dist.all_reduce(flat)
             dist.all_reduce(sums)
-            for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad.copy_(g.view_as(p))
+            for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(total.view_as(t))
         return sums.tolist()
 
     def agree(self, value):

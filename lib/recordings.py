@@ -136,9 +136,15 @@ def onset_of(segments: list[Segment], rate_hz: float, sample: int) -> float:
 
 
 def code_events(codes_T: np.ndarray, rate_hz: float, segments: list[Segment]) -> list[Event]:
-    """Events of a trigger or marker channel: one at every change to a code other than 0, as long as the code stays."""
+    """
+    Events of a trigger or marker channel: one at every change to a code other than 0, as long as the code stays.
+
+    None at all for a channel that changes all the time: that is a signal, whatever it is called.
+    """
     codes_T = np.nan_to_num(np.asarray(codes_T, np.float64))
     changes = np.flatnonzero(np.diff(codes_T, prepend=0.0))
+    if len(changes) > max(10, len(codes_T) / 10):
+        return []
     stops = np.append(changes, len(codes_T))[1:]
     return [
         Event(onset_of(segments, rate_hz, i), (stop - i) / rate_hz, code_label(codes_T[i]), float(codes_T[i]))
@@ -177,7 +183,7 @@ def open_edf(path: Path, spec: ReadSpec) -> Recording:
 
     events = [Event(*annotation) for annotation in annotations]
     for i, signal in enumerate(header.signals):
-        if kinds[i] == "stim":
+        if kinds[i] == "stim" and "PHOTIC" not in signal.label.upper():  # TUH's is analog, and in every file
             codes_T = np.rint(edf.read_signals(header, [i], volts=False)[0])
             if header.format == "bdf":  # 16 trigger bits below 8 of the amplifier's own; unused lines may read as ones
                 codes_T = codes_T.astype(np.int64) & 0xFFFF

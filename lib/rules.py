@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import Unusable
+from lib.statements import VIBRATION_UNITS
 
 try:
     import tomllib
@@ -145,6 +146,8 @@ def _spec(path: Path, table: dict) -> dict[str, object]:
     spec = {key: value for key in ("unit", "kind") if (value := _get(path, table, key, str)) is not None}
     if spec.get("kind", "eeg") not in ("eeg", "vibration"):
         raise Unusable(f'{path}: kind = {spec["kind"]!r} must be "eeg" or "vibration"')
+    if spec.get("unit") in VIBRATION_UNITS:
+        spec.setdefault("kind", "vibration")
     if (rate_hz := _get(path, table, "rate_hz", (int, float))) is not None:
         if not 0 < rate_hz < float("inf"):
             raise Unusable(f"{path}: rate_hz = {rate_hz} must be more than 0")

@@ -20,6 +20,16 @@ def settle_rate(own: float | None, stated: float | None, name: str, tolerance: f
 
 
 ARBITRARY = "a.u."
+VIBRATION_UNITS = (
+    "g",
+    "mg",
+    "m/s2",
+    "m/s^2",
+    "m/s²",
+    "mm/s2",
+    "mm/s",
+    "m/s",
+)  # who states one of these means vibration
 UNIT_WORDS = {"volts": 1e6, "millivolt": 1e3, "millivolts": 1e3}  # beside those of EDF headers
 
 
@@ -62,6 +72,8 @@ def settle_channels(
         return list(stated), everything
     if own and len(own) != count:
         raise Rejected("channels_conflict", f"{has}, but names for {len(own)}: state channels in dataset.toml")
+    if count == 1 and not complete:
+        return ["ch1"], everything  # one channel can't be mistaken for another; its place stays unknown
     if not complete:
         raise Rejected("channels_missing", f"{has} without names: state channels in dataset.toml")
     return own, everything

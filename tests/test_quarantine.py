@@ -158,7 +158,9 @@ def test_malformed_edf_is_refused_or_stored_right(built, name):
     events = [(e.onset_s, e.duration_s, e.label) for e in cache.events(row)]
     placed = [(round(stored_time(onset, truth), 6), length, label) for onset, length, label in truth.events]
     assert events == sorted(placed)
-    notes = json.loads(next(built.cache.glob(f"*/parts/{store.key_hash(recording.key)}.json")).read_text())["part"]["notes"]
+    notes = json.loads(next(built.cache.glob(f"*/parts/{store.key_hash(recording.key)}.json")).read_text())["part"][
+        "notes"
+    ]
     if case.note:
         assert any(note.startswith(case.note) for note in notes), notes
 
@@ -238,7 +240,9 @@ def lacking(*gaps: tuple, value: float = np.nan) -> np.ndarray:
     """The clean signal with `value` where each of `gaps` says: channels (None: all), start_s, stop_s."""
     x_CT = clean_uv()
     for channels, start_s, stop_s in gaps:
-        x_CT[slice(None) if channels is None else channels, round(start_s * SOURCE_HZ) : round(stop_s * SOURCE_HZ)] = value
+        x_CT[slice(None) if channels is None else channels, round(start_s * SOURCE_HZ) : round(stop_s * SOURCE_HZ)] = (
+            value
+        )
     return x_CT
 
 

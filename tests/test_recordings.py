@@ -11,7 +11,16 @@ import scipy.io
 
 from lib.edf import write_edf
 from lib.errors import Rejected
-from lib.recordings import Event, ReadSpec, Segment, companions, is_recording, open_recording, read_event_file
+from lib.recordings import (
+    Event,
+    ReadSpec,
+    Segment,
+    companions,
+    is_recording,
+    mne_filter_resample,
+    open_recording,
+    read_event_file,
+)
 from tests.conftest import ROOT
 
 RATE = 250
@@ -63,6 +72,12 @@ def test_edf_with_gap_events_and_trigger_channel(tmp_path, x_CT):
     assert [e.duration_s for e in recording.events] == pytest.approx([0.04, 0.25, 0.008])
     assert open_recording(path, ReadSpec(rate_hz=RATE)).samples == 1000
     assert code(path, ReadSpec(rate_hz=256)) == "rate_conflict"
+
+
+def test_noise_in_a_trigger_channel_is_no_event(tmp_path, x_CT):
+    write_edf(tmp_path / "a.edf", x_CT[:3], RATE, ["C3", "PHOTIC-REF", "TRIGGER"])
+    recording = open_recording(tmp_path / "a.edf")
+    assert recording.kinds == ["eeg", "stim", "stim"] and recording.events == []
 
 
 def test_common_refusals(tmp_path):
@@ -470,3 +485,20 @@ def test_ssvep_events_are_where_the_event_file_says(data_dir):
     assert 0 < events[0].onset_s < events[-1].onset_s < recording.samples / 256
     arbitrary = open_recording(path, ReadSpec(unit="a.u."))  # its volts are no volts, as 3 mV of alpha show
     assert arbitrary.unit == "a.u." and np.allclose(arbitrary.read([0]) * 1e6, recording.read([0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "band_hz, notch_hz", [((0.5, 45.0), None), ((0.5, 45.0), [50.0, 100.0, 150.0]), (None, [60.0])]
+)
+def test_the_mne_engine_is_what_raw_does(x_CT, band_hz, notch_hz):
+    import mne
+
+    y_CT = mne_filter_resample(np.tile(x_CT, 3), RATE, 100, band_hz, notch_hz)
+    raw = mne.io.RawArray(np.tile(x_CT, 3).astype(float), mne.create_info(NAMES, RATE, "eeg"), verbose="ERROR")
+    if notch_hz:
+        raw.notch_filter([f for f in notch_hz if f < RATE / 2], verbose="ERROR")
+    if band_hz:
+        raw.filter(*band_hz, verbose="ERROR")
+    expected_CT = raw.resample(100, verbose="ERROR").get_data()
+    assert y_CT.dtype == np.float32 and y_CT.shape == expected_CT.shape
+    assert np.sqrt(np.mean((y_CT - expected_CT) ** 2)) < 1e-5 * expected_CT.std()
