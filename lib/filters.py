@@ -17,8 +17,8 @@ from functools import lru_cache
 from math import ceil, log2
 
 import numpy as np
+import scipy  # scipy.signal loads when it is first used: it takes 1.1 s, and only causal filters need it
 import scipy.fft as fft
-from scipy import signal
 
 Band = tuple[float | None, float | None]  # low and high edge of the pass band in Hz; None leaves that side open
 Notch = tuple[float, ...]  # line frequencies in Hz; one at or above Nyquist has nothing to remove and is left out
@@ -54,8 +54,9 @@ def firwin_taps(rate_hz: float, edges_hz: list[float], gains: list[int], transit
         if gain != next_gain:
             n = round(3.3 / ((high - low) / 2)) | 1
             margin = (length - n) // 2
-            low_pass = signal.firwin(n, (low + high) / 2, window="hamming", fs=2)
-            taps[margin : length - margin] += (gain - next_gain) * low_pass
+            place = np.arange(n) - n // 2
+            low_pass = np.sinc((low + high) / 2 * place) * (0.54 + 0.46 * np.cos(2 * np.pi * place / (n - 1)))
+            taps[margin : length - margin] += (gain - next_gain) * low_pass / low_pass.sum()
     return taps
 
 
@@ -238,11 +239,15 @@ class Causal:
     def __init__(self, rate_hz: float, out_hz: float, band_hz: Band | None, notch_hz: Notch | None, channels: int):
         low, high = band_hz or (None, None)
         check_band(rate_hz, low, high)
-        sections = [signal.tf2sos(*signal.iirnotch(f, 30, rate_hz)) for f in notch_hz or () if f < rate_hz / 2]
+        sections = [
+            scipy.signal.tf2sos(*scipy.signal.iirnotch(f, 30, rate_hz)) for f in notch_hz or () if f < rate_hz / 2
+        ]
         if low and high:
-            sections.append(signal.butter(4, (low, high), "bandpass", fs=rate_hz, output="sos"))
+            sections.append(scipy.signal.butter(4, (low, high), "bandpass", fs=rate_hz, output="sos"))
         elif low or high:
-            sections.append(signal.butter(4, low or high, "highpass" if low else "lowpass", fs=rate_hz, output="sos"))
+            sections.append(
+                scipy.signal.butter(4, low or high, "highpass" if low else "lowpass", fs=rate_hz, output="sos")
+            )
         self.sos = np.concatenate(sections) if sections else None
         self.channels, self.up, self.down, self.delay_s = channels, 1, 1, 0.0
         if not same_rate(out_hz, rate_hz):
@@ -275,8 +280,8 @@ class Causal:
     def _chunk(self, x_CT: np.ndarray) -> np.ndarray:
         if self.sos is not None:
             if self.state is None:
-                self.state = signal.sosfilt_zi(self.sos)[:, None, :] * x_CT[None, :, :1]  # (sections, C, 2)
-            x_CT, self.state = signal.sosfilt(self.sos, x_CT, axis=1, zi=self.state)
+                self.state = scipy.signal.sosfilt_zi(self.sos)[:, None, :] * x_CT[None, :, :1]  # (sections, C, 2)
+            x_CT, self.state = scipy.signal.sosfilt(self.sos, x_CT, axis=1, zi=self.state)
         return x_CT if self.up == self.down else self._resample(x_CT)
 
     def _resample(self, x_CT: np.ndarray) -> np.ndarray:
@@ -295,7 +300,9 @@ class Causal:
             y_CK = y_KC.T
         else:
             first = self.start // self.down * self.up
-            y_CK = signal.upfirdn(self.taps, x_CT, self.up, self.down, axis=1)[:, self.outputs - first : until - first]
+            y_CK = scipy.signal.upfirdn(self.taps, x_CT, self.up, self.down, axis=1)[
+                :, self.outputs - first : until - first
+            ]
         keep = (stop - reach) // self.down * self.down
         self.past_CT, self.start, self.outputs = x_CT[:, keep - self.start :].copy(), keep, until
         return y_CK

@@ -38,6 +38,7 @@ from lib.sources import Discovery, Source
 from lib.windows import Windows
 
 RATE_HZ, WINDOW = 100.0, 400  # samples a second and a window
+SAMPLES = 100_000  # of a recording that is read
 TEN_TWENTY = channels.PROFILES["tuh21"].channels
 HBN = (*channels.PROFILES["hbn128"].channels, "Cz")
 
@@ -117,13 +118,13 @@ def show(title: str, head: tuple[str, ...], rows: list[tuple]) -> None:
 
 
 def read(cfg: Config, folder: Path) -> dict:
-    samples, count = 100_000, len(TEN_TWENTY)
-    recordings = max(8, (cfg.megabytes << 20) // (2 * samples * count))
+    count = len(TEN_TWENTY)
+    recordings = max(8, (cfg.megabytes << 20) // (2 * SAMPLES * count))
     rng = np.random.default_rng(0)
-    noise_TC = rng.standard_normal((2 * samples, count), np.float32).astype(np.float16)
-    cache = write_cache(folder / "cache", recordings, samples, TEN_TWENTY, noise_TC)
-    windows_path, per_recording = folder / "windows.f32", samples // WINDOW
-    twin = np.ascontiguousarray(noise_TC[:samples].reshape(per_recording, WINDOW, count).swapaxes(1, 2), np.float32)
+    noise_TC = rng.standard_normal((2 * SAMPLES, count), np.float32).astype(np.float16)
+    cache = write_cache(folder / "cache", recordings, SAMPLES, TEN_TWENTY, noise_TC)
+    windows_path, per_recording = folder / "windows.f32", SAMPLES // WINDOW
+    twin = np.ascontiguousarray(noise_TC[:SAMPLES].reshape(per_recording, WINDOW, count).swapaxes(1, 2), np.float32)
     with open(windows_path, "wb") as file:
         for _ in range(recordings):
             file.write(twin)
@@ -156,7 +157,7 @@ def shuffles(windows: Windows, batch: int) -> dict[str, Callable]:
     }
 
 
-def gather_calls(cfg: Config, cache: Cache, rng) -> dict[str, Callable]:
+def gather_calls(cfg: Config, cache: Cache, rng) -> tuple[Callable, Callable]:
     """The kernel alone, at any sample of any recording, and its plain-PyTorch meaning."""
     count, fds = len(TEN_TWENTY), np.array([os.open(r.shard, os.O_RDONLY) for r in cache.recordings])
     wide_B = torch.full((cfg.batch,), count)
@@ -164,27 +165,27 @@ def gather_calls(cfg: Config, cache: Cache, rng) -> dict[str, Callable]:
 
     def arguments():
         row_B = rng.integers(0, len(fds), cfg.batch)
-        start_B = rng.integers(0, cache.recordings[0].samples - WINDOW, cfg.batch)
-        return (
-            torch.from_numpy(fds[row_B]),
-            torch.from_numpy(store.NPY_HEADER_BYTES + start_B * 2 * count),
-            wide_B,
-            map_BC,
-        )
+        offset_B = store.NPY_HEADER_BYTES + rng.integers(0, SAMPLES - WINDOW, cfg.batch) * 2 * count
+        return torch.from_numpy(fds[row_B]), torch.from_numpy(offset_B), wide_B, map_BC, None, None
 
-    def fast(threads: int):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        kernels.gather_windows(*arguments(), None, None, WINDOW, CLIP_SD)
-        torch.set_num_threads(before)
+    def fast():
+        kernels.gather_windows(*arguments(), WINDOW, CLIP_SD)
 
     def plain():
-        reference.gather_windows(*arguments(), None, None, CLIP_SD, torch.empty(cfg.batch, count, WINDOW))
+        reference.gather_windows(*arguments(), CLIP_SD, torch.empty(cfg.batch, count, WINDOW))
 
-    found = {"gather_windows, plain PyTorch": plain}
-    if kernels.path() != "reference":
-        found |= {f"gather_windows, {kernels.path()}": partial(fast, torch.get_num_threads())}
-        found |= {"gather_windows, one thread": partial(fast, 1)}
+    return fast, plain
+
+
+def peers(folder: Path, twin: np.ndarray, rng) -> dict[str, tuple[int, Callable]]:
+    """The formats others keep windows in: how many windows a call reads, and the call; what isn't installed is left out."""
+    found = {}
+    for peer, number in ((hdf5, 64), (zarr_chunks, 8), (compressed_npz, 1), (braindecode_lazy, 8)):
+        try:
+            name, take = peer(folder, twin, rng)
+            found[name] = number, partial(take, number)
+        except ImportError as error:
+            print(f"left out: {peer.__name__} ({error})", file=sys.stderr)
     return found
 
 
@@ -194,25 +195,30 @@ def read_warm(cfg: Config, cache: Cache, windows_path: Path, twin: np.ndarray, f
     for recording in cache.recordings:
         recording.shard.read_bytes()
     baseline = "float32 memmap of windows"
-    calls = {baseline: partial(from_memmap, in_memory, rng, cfg.batch)}
-    calls |= gather_calls(cfg, cache, rng) | shuffles(cache.windows(window_s=4.0, stride_s=2.0), cfg.batch)
-    windows = dict.fromkeys(calls, cfg.batch)
-    for peer, number in ((hdf5, 64), (zarr_chunks, 8), (compressed_npz, 1), (braindecode_lazy, 8)):
-        try:
-            name, take = peer(folder, twin, rng)
-        except ImportError as error:
-            print(f"left out: {peer.__name__} ({error})", file=sys.stderr)
-            continue
-        calls[name], windows[name] = partial(take, number), number
-    seconds = interleaved(calls, cfg.rounds)
-    speed = {name: windows[name] / s for name, s in seconds.items()}
-    rows = [(name, v, v / speed[baseline]) for name, v in sorted(speed.items(), key=lambda item: -item[1])]
-    show(
-        f"Random windows, 21 x 400, float32, from the page cache ({cfg.batch} a batch)",
-        ("reader", "windows/s", "of the memmap"),
-        rows,
-    )
-    return {"windows_per_s": speed, "ratio": {name: ratio for name, _, ratio in rows}}
+    fast, plain = gather_calls(cfg, cache, rng)
+    whole = shuffles(cache.windows(window_s=4.0, stride_s=2.0), cfg.batch)
+    threads, quick, b = torch.get_num_threads(), 4 * cfg.rounds, cfg.batch
+
+    # threads, rounds, readers with the windows of a call; each group has the baseline, because slow readers clear the
+    # processor's caches for whoever comes next
+    groups = [
+        (threads, quick, {f"gather_windows, {kernels.path()}": (b, fast)} | {n: (b, c) for n, c in whole.items()})
+    ]
+    groups += [(1, quick, {f"gather_windows, {kernels.path()}, one thread": (b, fast)})]
+    groups += [(threads, cfg.rounds, {"gather_windows, PyTorch": (b, plain)} | peers(folder, twin, rng))]
+    found: dict[str, tuple[float, float]] = {}
+    for number, rounds, readers in groups:
+        torch.set_num_threads(number)
+        readers = {baseline: (b, partial(from_memmap, in_memory, rng, b))} | readers
+        seconds = interleaved({name: call for name, (_, call) in readers.items()}, rounds)
+        speed = {name: readers[name][0] / s for name, s in seconds.items()}
+        for name, v in speed.items():
+            found.setdefault(name, (v, v / speed[baseline]))
+    torch.set_num_threads(threads)
+    rows = sorted(((name, *figures) for name, figures in found.items()), key=lambda row: -row[2])
+    title = f"Random windows, 21 x 400, as float32, from the page cache, {cfg.batch} a batch"
+    show(title, ("reader", "windows/s", "of the memmap"), rows)
+    return {name: {"windows_per_s": speed, "ratio": ratio} for name, speed, ratio in rows}
 
 
 def read_cold(cfg: Config, cache: Cache, windows_path: Path) -> dict:
@@ -220,7 +226,8 @@ def read_cold(cfg: Config, cache: Cache, windows_path: Path) -> dict:
 
     def from_shards():
         """Default mmap of the very shards."""
-        for row, start in zip(rng.integers(0, len(shards), cfg.batch), rng.integers(0, 99_000, cfg.batch), strict=True):
+        for row in rng.integers(0, len(shards), cfg.batch):
+            start = rng.integers(0, SAMPLES - WINDOW)
             np.load(shards[row], mmap_mode="r")[start : start + WINDOW].astype(np.float32)
 
     baseline = "float32 memmap of windows"
@@ -235,21 +242,18 @@ def read_cold(cfg: Config, cache: Cache, windows_path: Path) -> dict:
             before, began = bytes_from_disk(), time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - began)
-            fetched[name] = bytes_from_disk() - before
-    speed = {name: cfg.batch / median(s) for name, s in seconds.items()}
-    rows = [
-        (n, v, v / speed[baseline], fetched[n] / wanted[n]) for n, v in sorted(speed.items(), key=lambda item: -item[1])
-    ]
+            fetched[name] += bytes_from_disk() - before
+    rows = []
+    for name, calls_s in seconds.items():
+        speed, ratio = cfg.batch / median(calls_s), median(seconds[baseline]) / median(calls_s)
+        rows.append((name, speed, ratio, fetched[name] / wanted[name] / len(calls_s)))
+    rows.sort(key=lambda row: -row[1])
     show(
         "The same from the disk, page cache evicted",
         ("reader", "windows/s", "of the memmap", "bytes read / wanted"),
         rows,
     )
-    return {
-        "windows_per_s": speed,
-        "ratio": {n: ratio for n, _, ratio, _ in rows},
-        "bytes_ratio": {n: b for n, _, _, b in rows},
-    }
+    return {name: {"windows_per_s": v, "ratio": ratio, "bytes_ratio": n} for name, v, ratio, n in rows}
 
 
 def hdf5(folder: Path, twin: np.ndarray, rng) -> tuple[str, Callable]:

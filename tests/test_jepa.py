@@ -239,12 +239,13 @@ def test_a_step_without_a_finite_loss_is_never_taken(cache, tmp_path, monkeypatc
 
     def sometimes_nan(model, teacher, part):
         calls.append(1)
-        return honest(model, teacher, part) * (math.nan if len(calls) in (5, 6) else 1)
+        loss, z_sum_D = honest(model, teacher, part)
+        return loss * (math.nan if len(calls) in (5, 6) else 1), z_sum_D
 
     monkeypatch.setattr(train_jepa, "jepa_loss", sometimes_nan)
     results = main(config(cache, tmp_path / "nan", steps=6))
     assert 1 <= results["metrics"]["skipped"] <= 2 and math.isfinite(results["metrics"]["loss"])
-    monkeypatch.setattr(train_jepa, "jepa_loss", lambda *a: honest(*a) * math.nan)
+    monkeypatch.setattr(train_jepa, "jepa_loss", lambda *a: (honest(*a)[0] * math.nan, honest(*a)[1]))
     with pytest.raises(Failed, match="--lr"):
         main(config(cache, tmp_path / "hopeless"))
 

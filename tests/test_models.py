@@ -294,14 +294,14 @@ def test_gradient_reaches_all_of_the_model_and_none_of_the_teacher(encoder, mixe
         mask_BC[1, 5:] = mask_BC[2, 3:] = False
     masks = draw_masks("spatiotemporal", positions_BC3, mask_BC, 4, 0.6, 0.09, 2, 0, 0, np.arange(3))
     model, teacher = JEPA(encoder, 2), copy.deepcopy(encoder).requires_grad_(False)
-    loss = jepa_loss(model, teacher, Part(x_BCT, positions_BC3, mask_BC if mixed else None, masks))
+    loss, z_sum_D = jepa_loss(model, teacher, Part(x_BCT, positions_BC3, mask_BC if mixed else None, masks))
     loss.backward()
     for name, p in model.named_parameters():
         unused = name.endswith("unplaced_D")  # all electrodes have a place here
         assert p.grad is not None and (unused or p.grad.abs().sum() > 0), name
     assert all(p.grad is None for p in teacher.parameters())
     # a window's share of the loss does not depend on the others
-    total = 0.0
+    total, z_total_D = 0.0, 0.0
     for b in range(3):
         own = int(mask_BC[b].sum())
         one = draw_masks(
@@ -316,10 +316,27 @@ def test_gradient_reaches_all_of_the_model_and_none_of_the_teacher(encoder, mixe
             0,
             np.array([b]),
         )
-        total += float(
-            jepa_loss(model, teacher, Part(x_BCT[b : b + 1, :own], positions_BC3[b : b + 1, :own], None, one)).detach()
-        )
+        alone, z_D = jepa_loss(model, teacher, Part(x_BCT[b : b + 1, :own], positions_BC3[b : b + 1, :own], None, one))
+        total, z_total_D = total + float(alone.detach()), z_total_D + z_D
     assert total == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert close(z_total_D, z_sum_D, 1e-3)
+
+
+def test_what_all_tokens_have_in_common_is_no_target(encoder):
+    from train_jepa import JEPA, Part, jepa_loss
+
+    x_BCT, positions_BC3 = windows()
+    masks = draw_masks("random", positions_BC3, torch.ones(3, 7, dtype=torch.bool), 4, 0.6, 0.09, 2, 0, 0, np.arange(3))
+    model, part = JEPA(encoder, 2), Part(x_BCT, positions_BC3, None, masks)
+    plain, offset = copy.deepcopy(encoder).requires_grad_(False), copy.deepcopy(encoder).requires_grad_(False)
+    common_D = 50 * torch.randn(32)
+    with torch.no_grad():
+        offset.norm.bias += common_D
+    first, z_sum_D = jepa_loss(model, plain, part)
+    model.centre_D += common_D
+    second, _ = jepa_loss(model, offset, part)
+    assert float(second.detach()) == pytest.approx(float(first.detach()), rel=1e-3)
+    assert close(z_sum_D, plain(x_BCT, positions_BC3).sum((0, 1)), 1e-3)
 
 
 def test_take_picks_tokens():

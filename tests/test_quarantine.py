@@ -6,7 +6,7 @@ alone. Shapes: C channels, T samples.
 """
 
 import json
-import os
+import re
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -14,14 +14,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import build_cache
+from build_cache import Config
 from lib import store
 from lib.cache import Cache
 from lib.edf import write_edf
+from lib.errors import Unusable
 from lib.filters import Spectral
 from tests import malformed
 from tests.label_cases import BIDS_CASES, CSV_BI_CASES, DURATION_S, STEM, write_bids
 from tests.malformed import CHANNELS, LABELS
-from tests.recipes import contents, noise_uv, run
+from tests.recipes import ROOT, contents, noise_uv, run
 
 RATE_HZ = 250  # of the cache: what the one file with records of 1.024 s has; the others come from 256 Hz
 GOOD_S = 8
@@ -93,11 +96,14 @@ def plant_cases(root) -> dict[str, malformed.Truth | None]:
     return truths
 
 
+def sources(root) -> list:
+    return [root / "malformed", root / "tusz", *sorted((root / "bids").iterdir())]
+
+
 def command(root, cache) -> tuple:
     """A build that leaves the numbers as they are, but for the rate."""
-    sources = [root / "malformed", root / "tusz", *sorted((root / "bids").iterdir())]
     signal = ("--rate-hz", RATE_HZ, "--band-hz", "none", "--reference", "none", "--scale", "none")
-    return ("--source", *sources, "--cache", cache, "--channels", ",".join(CHANNELS), *signal)
+    return ("--source", *sources(root), "--cache", cache, "--channels", ",".join(CHANNELS), *signal)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +112,10 @@ def built(tmp_path_factory):
     root = tmp_path_factory.mktemp("quarantine")
     raw, alone, cache = root / "raw", root / "alone", root / "cache"
     plant_good(raw)
-    code, good, stderr = run(*command(raw, alone))
-    assert (code, good["recordings"], good["quarantined"]) == (0, 7, 0), stderr
+    signal = {"rate_hz": float(RATE_HZ), "band_hz": "none", "reference": "none", "scale": "none"}
+    cfg = Config(tuple(sources(raw)), alone, channels=",".join(CHANNELS), workers=1, **signal)
+    good = build_cache.build(cfg)
+    assert (good["recordings"], good["quarantined"]) == (7, 0)
     truths = plant_cases(raw)
     code, result, stderr = run(*command(raw, cache))
     return SimpleNamespace(raw=raw, alone=alone, cache=cache, truths=truths, code=code, result=result, stderr=stderr)
@@ -219,6 +227,16 @@ def test_a_mended_label_brings_a_recording_back_without_its_signal(built, tmp_pa
         assert (seizure.onset_s, seizure.duration_s) == (10.0, 5.0)
 
 
+def test_every_code_is_explained():
+    code = re.compile(r'(?:(?:Rejected|Crash)\(\s*|return |, path, )"([a-z_]+)",\s')
+    raised = {
+        c for path in (ROOT / "build_cache.py", *(ROOT / "lib").glob("*.py")) for c in code.findall(path.read_text())
+    }
+    assert {"unreadable", "no_pattern_match", "timeout"} <= raised
+    explained = re.findall(r"`([a-z_]+)`", (ROOT / "docs" / "cache.md").read_text().split("## Quarantine codes")[1])
+    assert raised - set(explained) == set()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What only the builder can judge: the numbers themselves, with the default signal path
 
@@ -302,10 +320,10 @@ def judged(tmp_path_factory):
     """One default build of everything that looks right until its numbers are read."""
     root = tmp_path_factory.mktemp("judged")
     plant_judged(root / "raw")
-    words = ("--source", root / "raw" / "arrays", root / "raw" / "files", "--cache", root / "cache")
-    code, result, stderr = run(*words)
+    sources = (root / "raw" / "arrays", root / "raw" / "files")
+    code, result, stderr = run("--source", *sources, "--cache", root / "cache")
     assert code == 3, stderr
-    return SimpleNamespace(raw=root / "raw", cache=root / "cache", words=words, result=result)
+    return SimpleNamespace(raw=root / "raw", sources=sources, cache=root / "cache", result=result)
 
 
 def stored(judged, name: str) -> tuple[np.ndarray, np.ndarray, list]:
@@ -396,12 +414,14 @@ def test_what_could_not_be_read_is_tried_again(judged, tmp_path):
     shutil.copytree(judged.cache, tmp_path / "cache")
     np.save(judged.raw.parent / "fetched.npy", clean_uv().T.astype(np.float32))
     (judged.raw / "arrays" / "forbidden.npy").chmod(0o600)
-    code, result, stderr = run(*judged.words[:-1], tmp_path / "cache")
-    assert code == 3 and {"dangling", "forbidden"} <= rows(tmp_path / "cache").keys(), stderr
-    assert result["recordings"] == len(rows(tmp_path / "cache")) and "unreadable" not in result["quarantined_by_code"]
+    result = build_cache.build(Config(judged.sources, tmp_path / "cache", workers=1))
+    assert {"dangling", "forbidden"} <= rows(tmp_path / "cache").keys() and "unreadable" not in codes(
+        tmp_path / "cache"
+    ).values()
+    assert result["recordings"] == len(rows(tmp_path / "cache"))
 
 
 def test_a_recording_mangled_by_a_line_ending_conversion_is_refused(data_dir, tmp_path):
-    code, result, stderr = run("--source", data_dir / "damaged", "--cache", tmp_path / "cache")
-    assert code == 2 and result is None and "nothing could be cached (1 line_endings)" in stderr
+    with pytest.raises(Unusable, match=r"nothing could be cached \(1 line_endings\)"):
+        build_cache.main(Config((data_dir / "damaged",), tmp_path / "cache", workers=1))
     assert not (tmp_path / "cache" / "manifest.json").exists()

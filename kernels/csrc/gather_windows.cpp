@@ -264,6 +264,8 @@ void spread(int64_t n, int64_t threads, const Work& work) {
   };
   for (int64_t thread = 1; thread < std::min(threads, n); thread++) at::launch([loop, thread] { loop(thread); });
   loop(0);
+  // a helper's last item is a matter of microseconds, and who sleeps on a busy machine gets its core back milliseconds later
+  for (int spin = 0; spin < 20000 && progress->done < n; spin++) continue;
   for (int64_t done = progress->done; done < n; done = progress->done) progress->done.wait(done);
 }
 
