@@ -35,7 +35,7 @@ from lib.sources import Discovery, Source, discover
 from lib.statements import VIBRATION_UNITS
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
-RECIPE = 1  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
+RECIPE = 2  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ class Prepared:
     offset_C: np.ndarray
     segments: list[tuple[int, int, float]]  # [start, stop) samples of z_TC, onset in recording time (s)
     notes: list[str]
+    source_rate_hz: float  # of these channels in the file
+    source_seconds: float  # from its first sample to its last, gaps and what was cropped included
 
 
 def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop: tuple | None) -> Prepared:
@@ -163,7 +165,11 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
         raise Rejected("rate_too_low", f"sampled at {rate_hz:g} Hz, which can't hold {highest:g} Hz")
 
     x_CT = recording.read(wanted)
-    check = inspect(x_CT, rate_hz, recording.segments)
+    # segments count samples of the first EEG channel, which may have another rate than the wanted ones
+    share = x_CT.shape[1] / recording.samples
+    ranges = [replace(s, start=round(s.start * share), stop=round(s.stop * share)) for s in recording.segments]
+    source_s = max(s.onset_s + (s.stop - s.start) / rate_hz for s in ranges)
+    check = inspect(x_CT, rate_hz, ranges)
     notes += check.notes
     y_CT, segments = _filter(check.x_CT, rate_hz, check.segments, signal)
     y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
@@ -213,7 +219,18 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
         z_TC[block : block + 4096] = np.clip(z_CB, -FLOAT16_MAX, FLOAT16_MAX).T
     notes = [*recording.notes, *notes]  # the recording's last, because reading adds to them
     return Prepared(
-        z_TC, picked.names, bad, interpolated, picked.missing, picked.dropped, scale_C, offset_C, segments, notes
+        z_TC,
+        picked.names,
+        bad,
+        interpolated,
+        picked.missing,
+        picked.dropped,
+        scale_C,
+        offset_C,
+        segments,
+        notes,
+        rate_hz,
+        source_s,
     )
 
 
@@ -331,7 +348,8 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
         "crc32": crc32,
         "samples": len(ready.z_TC),
         "unit": recording.unit,
-        "source_rate_hz": recording.rates_hz[0],
+        "source_rate_hz": ready.source_rate_hz,
+        "source_seconds": ready.source_seconds,
         "first_sample": recording.first_sample,
         "names": ready.names,
         "positions": own,

@@ -56,12 +56,12 @@ class Config(RunConfig):
     cache: tuple[str, ...] = ("cache/demo",)  # directories written by build_cache.py
     window_s: float = 4.0  # length of a window, s
     stride_s: float = 2.0  # from one window's start to the next, s
-    max_channels: int = 32  # channels of a window, drawn anew each time, for speed; 0: all
+    max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
     sampler: Sampling = "uniform"  # over windows, over subjects, or balanced for seizures
     dataset_weights: tuple[str, ...] = ()  # shares of the data sets instead, as in: tuh=0.3 hbn=0.7
     batch: int = 64  # windows per step, over all ranks
     micro: int = 0  # windows per forward pass on one device, for memory; 0: all of a montage at once
-    steps: int | None = 600  # optimizer steps; none: from --epochs
+    steps: int | None = 400  # optimizer steps; none: from --epochs
     epochs: float = 200.0  # passes over the training windows; counts if --steps is none
     # encoder
     encoder: Literal["transformer"] = "transformer"  # architecture
@@ -86,7 +86,7 @@ class Config(RunConfig):
     clip: float = 1.0  # largest gradient norm
     # evaluation
     val_windows: int = 256  # windows of the val split for val_loss and the collapse watch
-    probe_windows: int = 1500  # windows for the linear probe
+    probe_windows: int = 600  # windows of the train and val splits for the linear probe
 
 
 PRESETS = {

@@ -158,7 +158,7 @@ def recording_events(source: Source, part: dict, rate_hz: float, channel_labels:
 
     Sidecar files win over what the recording itself carries, because they are what data sets mend. Raises Rejected.
     """
-    duration_s = max(onset + (stop - start) / rate_hz for start, stop, onset in part["segments"])
+    duration_s = part["source_seconds"]  # labels speak of the whole recording, whatever of it is stored
     events = [
         Event(onset, length, label, math.nan if value is None else value)
         for onset, length, label, value in part["events"]

@@ -78,6 +78,7 @@ def write_cache(cache: Path, recordings: int, samples: int, names: tuple[str, ..
         part = {"status": "cached", "shard": name, "bytes": size, "crc32": 0, "samples": samples, "names": names}
         part |= {"segments": [(0, samples, 0.0)], "scale": [1.0] * len(names), "offset": zeros, "unit": "uV"}
         part |= {"bad": [], "interpolated": [], "missing": (), "positions": {}, "columns": {}, "notes": []}
+        part |= {"source_seconds": samples / signal["rate_hz"]}
         parts[key] = part | {"events": [[1.0, 20.0, "rest", None]]}
     tables, head, _ = manifest.assemble(Discovery(sources), parts, signal, directory.name, False, False)
     store.write_tables(cache, tables | {"build.json": store.canonical_json({"command": "bench"})}, head)

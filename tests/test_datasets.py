@@ -370,6 +370,18 @@ def test_channel_labels_are_a_union_only_when_asked(tusz, tmp_path):
         assert events(cache, row_of(cache, recording.key)) == events(before, row)
 
 
+def test_labels_of_what_is_cropped_away_refuse_nothing(tusz, tmp_path):
+    place = "train/aaaaaaaa/s001_2002/01_tcp_ar"
+    shutil.copytree(tusz.raw / "edf" / place, tmp_path / "tusz" / place)
+    (tmp_path / "tusz" / "dataset.toml").write_text("[crop]\nsession.s001 = [5, 25]\n")
+    result = build(tmp_path / "tusz", tmp_path / "cache", channels="tuh21")
+    cache = Cache(tmp_path / "cache")
+    assert cache.recordings[0].samples == 2000
+    assert events(cache, 0) == [(5.0, 12.0, "seizure")]  # 10 … 22 s of the recording; 30 … 31.5 s are cut off
+    assert result["notes"]["label_out_of_range"] == 1
+    assert not any(note.startswith("seizure rows clipped") for note in result["notes"])  # the label file is right
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Vibration archives
 

@@ -1,6 +1,7 @@
 """kernels/: the C++ against its plain-PyTorch meaning, the errors of both, the build, and the life without a compiler."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -460,3 +461,17 @@ def test_reference_reads_on_after_a_partial_read(monkeypatch, tmp_path):
     with open(path, "rb") as file:
         x_TC = reference.read_samples(0, file.fileno(), 200, 100, 3)
     assert torch.equal(x_TC.flatten(), torch.arange(100, 400).half())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("kernels/bench.py", "--rounds", "1", "--megabytes", "32"),
+        ("tests/bench_cache.py", "--rounds", "1", "--megabytes", "32", "--minutes", "1", "--recordings", "50"),
+    ],
+)
+def test_benchmarks_end_in_one_json_line(command):
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["machine"]

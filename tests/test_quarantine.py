@@ -18,7 +18,7 @@ import build_cache
 from build_cache import Config
 from lib import store
 from lib.cache import Cache
-from lib.edf import write_edf
+from lib.edf import read_header, read_signals, write_edf
 from lib.errors import Unusable
 from lib.filters import Spectral
 from tests import malformed
@@ -408,6 +408,28 @@ def test_channels_of_other_rates_and_copies_change_nothing(judged):
     for name in ("ekg_100", "ekg_512", "same_twice"):
         recording = cache.recordings[rows(judged.cache)[name]]
         assert recording.names == CHANNELS and recording.shard.read_bytes() == plain
+
+
+def test_wanted_channels_may_have_another_rate_than_the_first(tmp_path):
+    """Time is counted by the first EEG channel (256 Hz); the wanted ones have 512 Hz, and a gap."""
+    extras = (malformed.Extra("EEG T3-REF", 6, samples=512), malformed.Extra("T4", 7, samples=512))
+    truth = malformed.write(
+        tmp_path / "x.edf",
+        np.random.default_rng(5),
+        extras=extras,
+        onsets_s=malformed.GAP_S,
+        events=((120.0, 1.0, "late"),),
+    )
+    build_cache.build(Config((tmp_path / "x.edf",), tmp_path / "cache", channels="T7,T8", reference="none", workers=1))
+    cache = Cache(tmp_path / "cache")
+    assert cache.recordings[0].segments == ((0, 1500), (1500, 3000)) and truth.rate_hz == 256
+    assert [(e.onset_s, e.label) for e in cache.events(0)] == [(20.0, "late")]
+    header = read_header(tmp_path / "x.edf")
+    x_CT = read_signals(header, [6, 7])
+    resample = Spectral(512, 100, (0.5, 45.0), None)
+    expected_CT = np.concatenate([resample(x_CT[:, :7680]), resample(x_CT[:, 7680:])], axis=1)
+    found_CT = cache.read([0], [0], 3000, unit="uV").x_BCT[0].numpy()
+    np.testing.assert_allclose(found_CT, expected_CT, rtol=1e-3, atol=0.03)
 
 
 def test_what_could_not_be_read_is_tried_again(judged, tmp_path):
