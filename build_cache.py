@@ -192,12 +192,15 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
             raise Rejected("missing_reference", f"reference {signal['reference']} is flat, saturated or not a number")
         y_CT -= y_CT[places].mean(0)
     elif signal["reference"] == "average" and len(present) > 1:
-        y_CT -= y_CT[good].mean(0)
+        y_CT -= (y_CT if len(good) == len(y_CT) else y_CT[good]).mean(0)
     elif signal["reference"] == "average":
         notes.append("one channel: reference left as recorded")
 
-    full_CT = np.zeros((len(picked.names), y_CT.shape[1]), np.float32)
-    full_CT[present] = y_CT[: len(present)]
+    if len(y_CT) == len(picked.names):
+        full_CT = y_CT
+    else:
+        full_CT = np.zeros((len(picked.names), y_CT.shape[1]), np.float32)
+        full_CT[present] = y_CT[: len(present)]
     bad = [present[i] for i in check.bad if i < len(present)]
     lacking = [c for c, i in enumerate(picked.indices) if i < 0]
     if lacking and signal["missing"] == "interpolate":

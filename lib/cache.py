@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from lib.errors import Unusable
 from lib.windows import Windows, merge
 
 CLIP_SD = 15.0  # stored values beyond this many robust standard deviations are artefacts; they are clipped when read, not when stored
+FILES = 8192  # that may be open, half of them shards
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Cache:
         self._positions = np.full((len(montages), max(map(len, montages)), 3), np.nan, np.float32)
         for table, positions in zip(self._positions, montages, strict=False):
             table[: len(positions)] = positions
-        self._files = OpenFiles()
+        self._files = OpenFiles(self.recordings)
 
     def _check_alike(self) -> None:
         first = self.manifests[0]
@@ -261,7 +261,7 @@ class Cache:
             gain_BC, bias_BC = (
                 torch.from_numpy(np.where(good_BC, self._scales[row_BC, i], 0).astype(np.float32)) for i in (0, 1)
             )
-        with self._files.open([self.recordings[i].shard for i in recording_B]) as fd_B:
+        with self._files.open(recording_B) as fd_B:
             try:
                 x_BCT = kernels.gather_windows(
                     torch.from_numpy(fd_B),
@@ -287,39 +287,45 @@ class Cache:
 
 
 class OpenFiles:
-    """Shards kept open, the least recently used closed first; opened lazily, so that a forked process opens its own."""
+    """Shards kept open, the least recently used closed first; opened when first read, so that a forked process opens its own."""
 
-    def __init__(self):
+    def __init__(self, recordings: list[Recording]):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < 8192 <= hard or (
-            hard != resource.RLIM_INFINITY and soft < hard
-        ):  # commonly 1,024, less than two large batches
-            soft = min(hard, 8192) if hard != resource.RLIM_INFINITY else 8192
+        if soft < FILES and (
+            hard == resource.RLIM_INFINITY or soft < hard
+        ):  # commonly 1,024: less than two large batches
+            soft = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        self.capacity = max(64, soft // 2)
-        self._fds: OrderedDict[Path, int] = OrderedDict()
-        self._lock = threading.Lock()
+        self.capacity = max(64, min(soft, FILES) // 2)
+        self._recordings, self._lock, self._turn, self._opened = recordings, threading.Lock(), 0, 0
+        self._fds = np.full(len(recordings), -1, np.int64)
+        self._used = np.zeros(len(recordings), np.int64)  # the last batch that read it
 
     @contextlib.contextmanager
-    def open(self, paths: list[Path]):
-        """The file descriptors of a batch, int64; none is closed while the batch is read. Raises Unusable."""
+    def open(self, row_B: np.ndarray):
+        """The file descriptors, int64, of recordings given by row; none is closed while the batch is read. Raises Unusable."""
         with self._lock:
-            for path in dict.fromkeys(paths):
-                if path in self._fds:
-                    self._fds.move_to_end(path)
-                    continue
+            self._turn += 1
+            self._used[row_B] = self._turn
+            for row in np.unique(row_B[self._fds[row_B] < 0]).tolist():
+                path = self._recordings[row].shard
                 try:
-                    self._fds[path] = os.open(path, os.O_RDONLY)
+                    self._fds[row] = os.open(path, os.O_RDONLY)
                 except OSError as error:
                     raise Unusable(
-                        f"{path}: {error.strerror}; the cache changed under the reader: build it again"
+                        f"{path}: {error.strerror}; the cache changed under the reader: verify it"
                     ) from error
-            yield np.array([self._fds[path] for path in paths], np.int64)
-            while len(self._fds) > self.capacity:
-                os.close(self._fds.popitem(last=False)[1])
+                self._opened += 1
+            yield self._fds[row_B]
+            if self._opened > self.capacity:
+                rows = np.flatnonzero(self._fds >= 0)
+                for row in rows[np.argsort(self._used[rows], kind="stable")][: len(rows) - self.capacity]:
+                    os.close(self._fds[row])
+                    self._fds[row] = -1
+                self._opened = self.capacity
 
     def __del__(self):
-        for fd in self._fds.values():
+        for fd in self._fds[self._fds >= 0].tolist():
             os.close(fd)
 
 

@@ -20,7 +20,7 @@ FLAT_SHARE, SATURATED_SHARE = 0.5, 0.05
 # robust deviation after filtering, median over channels: outside the first range no EEG lies, whatever the amplifier; outside the second
 # it is unusual enough to be reported (some public recordings state volts and hold the converter's own unit)
 PLAUSIBLE_UV, USUAL_UV = (0.1, 50_000.0), (0.5, 1000.0)
-LOOK_SAMPLES, BLOCK = 1 << 17, 4096  # long recordings are judged by evenly spaced blocks of this many samples in all
+LOOK_SAMPLES, BLOCK = 1 << 14, 256  # long recordings are judged by evenly spaced blocks, this many samples in all
 
 
 @dataclass
@@ -54,7 +54,7 @@ def inspect(x_CT: np.ndarray, rate_hz: float, segments: list[Segment]) -> Inspec
 
 def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
     """A note where filtered microvolts are unusual for EEG. Raises Rejected `implausible_amplitude` where they can't be EEG."""
-    low_C, high_C = np.percentile(y_CT[good, :: max(1, y_CT.shape[1] // BLOCK)], (25, 75), axis=1)
+    low_C, high_C = np.percentile(y_CT[good, :: max(1, y_CT.shape[1] // 4096)], (25, 75), axis=1)
     deviation_uV = float(np.median(high_C - low_C)) / 1.349
     if not PLAUSIBLE_UV[0] <= deviation_uV <= PLAUSIBLE_UV[1]:
         raise Rejected(

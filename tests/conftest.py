@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)  # a red test must stay red
+hypothesis.settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parent.parent
 
 

