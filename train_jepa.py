@@ -86,7 +86,7 @@ class Config(RunConfig):
     clip: float = 1.0  # largest gradient norm
     # evaluation
     val_windows: int = 256  # windows of the val split for val_loss and the collapse watch
-    probe_windows: int = 600  # windows of the train and val splits for the linear probe
+    probe_windows: int = 400  # windows of the train and val splits for the linear probe
 
 
 PRESETS = {

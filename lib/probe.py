@@ -52,7 +52,9 @@ class Probe:
         chosen = [_spread(ranges[row], each) for row in sorted(ranges)]
         if len(chosen) > windows:  # more recordings than windows: an even choice of them
             chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, windows).astype(int)]
-        self.ids = np.concatenate(chosen)
+        ids = np.concatenate(chosen)
+        channels = [len(cache.recordings[i].names) for i in everything.locate(ids)[0]]
+        self.ids = ids[np.argsort(channels, kind="stable")]  # so that batches are of one montage and need no padding
         self.windows = everything
         self.row, _ = everything.locate(self.ids)
         self.subject = np.array([cache.recordings[i].subject for i in self.row])

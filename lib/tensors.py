@@ -17,8 +17,9 @@ from lib.store import canonical_json, write_atomic
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Write tensors and a JSON value `meta`, with the sha256 of both."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    text = canonical_json(meta).decode()
-    write_atomic(Path(path), save(tensors, {"meta": text, "sha256": _digest(tensors, text)}))
+    label = {"meta": meta, "sha256": _digest(tensors, meta)}
+    # one key only: the library keeps keys in random order, and the same content should be the same bytes
+    write_atomic(Path(path), save(tensors, {"berger": canonical_json(label).decode()}))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -32,16 +33,21 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise Unusable(f"{path} is damaged or no safetensors file ({error}); write or copy it again") from error
-    if not {"meta", "sha256"} <= header.keys():
-        raise Unusable(f"{path} was not written by Berger: its metadata lacks meta and sha256")
-    if _digest(tensors, header["meta"]) != header["sha256"]:
+    try:
+        label = json.loads(header["berger"])
+        meta, sha256 = label["meta"], label["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unusable(
+            f"{path} was not written by Berger, or is damaged: its metadata says nothing of its content"
+        ) from error
+    if _digest(tensors, meta) != sha256:
         raise Unusable(f"{path} is damaged (its sha256 differs); write or copy it again")
-    return tensors, json.loads(header["meta"])
+    return tensors, meta
 
 
-def _digest(tensors: dict[str, torch.Tensor], text: str) -> str:
+def _digest(tensors: dict[str, torch.Tensor], meta: dict) -> str:
     """sha256 of the metadata and, in order of name, of every tensor's name, type, shape and bytes."""
-    sha = hashlib.sha256(text.encode())
+    sha = hashlib.sha256(canonical_json(meta))
     for name in sorted(tensors):
         t = tensors[name]
         sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())

@@ -278,6 +278,8 @@ def test_tensor_files_hold_scalars_and_empty_tensors(tmp_path):
     tensors = {"a": torch.tensor(3.0), "b": torch.empty(0, 4), "c": torch.arange(5), "d": torch.ones(2, 3).T}
     save_tensors(tmp_path / "t.safetensors", tensors, {"text": "µV", "n": [1, None]})
     loaded, meta = load_tensors(tmp_path / "t.safetensors")
+    save_tensors(tmp_path / "again.safetensors", dict(reversed(tensors.items())), {"n": [1, None], "text": "µV"})
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "t.safetensors").read_bytes()
     assert meta == {"text": "µV", "n": [1, None]} and all(torch.equal(loaded[k], v) for k, v in tensors.items())
 
 
