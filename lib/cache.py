@@ -278,10 +278,11 @@ class Cache:
                 raise Unusable(
                     f"{shard}: {error}; the cache changed under the reader: verify it, then build it again"
                 ) from error
-        positions_BC3 = np.zeros((*good_BC.shape, 3), np.float32)
-        width = min(self._positions.shape[1], len(channel_C))
-        positions_BC3[:, :width] = self._positions[self._montage[recording_B], :width]
-        positions_BC3[~real_BC] = 0
+        positions_BC3 = self._positions[self._montage[recording_B], : len(channel_C)]
+        if positions_BC3.shape[1] < len(channel_C):
+            positions_BC3 = np.pad(positions_BC3, ((0, 0), (0, len(channel_C) - positions_BC3.shape[1]), (0, 0)))
+        if not real_BC.all():
+            positions_BC3[~real_BC] = 0
         arrays = (positions_BC3, good_BC, recording_B, start_B)
         return Batch(x_BCT, *(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
 

@@ -54,7 +54,7 @@ def inspect(x_CT: np.ndarray, rate_hz: float, segments: list[Segment]) -> Inspec
 
 def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
     """A note where filtered microvolts are unusual for EEG. Raises Rejected `implausible_amplitude` where they can't be EEG."""
-    low_C, high_C = np.percentile(y_CT[good, :: max(1, y_CT.shape[1] // 4096)], (25, 75), axis=1)
+    low_C, high_C = np.percentile(y_CT[:, :: max(1, y_CT.shape[1] // 512)][good], (25, 75), axis=1)
     deviation_uV = float(np.median(high_C - low_C)) / 1.349
     if not PLAUSIBLE_UV[0] <= deviation_uV <= PLAUSIBLE_UV[1]:
         raise Rejected(

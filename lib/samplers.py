@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+STEPS_AHEAD = 16  # computed together; what a step gets does not depend on it
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that products with it are all different
 
 # ----------------------------------------------------------------------------
@@ -105,10 +106,16 @@ class UniformSampler:
         if n < 1:
             raise ValueError("no windows to sample from")
         self.n, self.batch, self.block, self.group, self._key = n, batch, block, group, key(seed, "uniform")
+        self._ahead = (-1, np.empty((0, batch), np.int64))
 
     def ids(self, step: int) -> np.ndarray:
-        position_B = step * self.batch + np.arange(self.batch)
-        return block_shuffled(position_B, self.n, self.block, self.group, self._key)
+        first, ids_SB = self._ahead
+        if not 0 <= step - first < len(ids_SB):  # a few steps at once cost hardly more than one
+            first = step - step % STEPS_AHEAD
+            position_N = first * self.batch + np.arange(STEPS_AHEAD * self.batch)
+            ids_SB = block_shuffled(position_N, self.n, self.block, self.group, self._key).reshape(-1, self.batch)
+            self._ahead = (first, ids_SB)
+        return ids_SB[step - first].copy()
 
     def epoch(self, step: int) -> float:
         """Passes over the windows before this step."""
