@@ -64,7 +64,9 @@ class Config(RunConfig):
     steps: int | None = 400  # optimizer steps; none: from --epochs
     epochs: float = 200.0  # passes over the training windows; counts if --steps is none
     # encoder
-    encoder: Literal["transformer"] = "transformer"  # architecture
+    encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
+    adapter: Literal["none", "perceiver", "nearest"] = "none"  # montage of its own: learned, or by nearest electrode
+    queries: int = 128  # electrodes of that montage; 4 to 32 for speed
     d_model: int = 128  # width
     layers: int = 4  # depth
     heads: int = 4  # attention heads
@@ -267,7 +269,8 @@ def main(cfg: Config) -> dict | None:
         patch = round(cfg.patch_s * cache.rate_hz)
         if patch != cfg.patch_s * cache.rate_hz:
             raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
-        encoder = build_encoder(Architecture(cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch))
+        sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
+        encoder = build_encoder(Architecture(*sizes))
     patch = encoder.architecture.patch
     train = cache.windows("train", cfg.window_s, cfg.stride_s)
     check(cfg, train.samples, patch)

@@ -17,6 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.errors import Unusable
+from lib.fno import FNOBlock
+from lib.grid import Grid, take, to_patches
+from lib.hybrid import HybridBlock
+from lib.mamba import MambaBlock
+from lib.perceiver import Nearest, Perceiver
 from lib.tensors import load_tensors, save_tensors
 
 FORMAT = "berger-encoder"
@@ -33,26 +38,20 @@ class Architecture:
     heads: int = 4
     rate_hz: float = 100.0  # of the signal; frequencies and times mean nothing without it
     patch: int = 100  # samples per token
+    adapter: str = "none"  # what stands between the electrodes and the encoder: none, perceiver, nearest
+    queries: int = 128  # learned electrodes of the perceiver
 
     def check(self) -> None:
         """Raises Unusable for sizes that don't fit each other."""
-        if self.encoder not in ENCODERS:
-            raise Unusable(f"--encoder {self.encoder} is unknown; there are: {', '.join(ENCODERS)}")
+        for flag, value, known in (("encoder", self.encoder, BLOCKS), ("adapter", self.adapter, ADAPTERS)):
+            if value not in known:
+                raise Unusable(f"--{flag} {value} is unknown; there are: {', '.join(known)}")
+        if not 1 <= self.queries <= 128:
+            raise Unusable(f"--queries {self.queries} must lie in 1 to 128")
         if self.d_model % (2 * self.heads):
             raise Unusable(f"--d-model {self.d_model} must be a multiple of 2 x --heads {self.heads}")
         if self.patch < 8:
             raise Unusable(f"a patch of {self.patch} samples is too short for a spectrum; raise --patch-s")
-
-
-def take(z_BND: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
-    """The tokens `ids_BK` of each window."""
-    return z_BND.gather(1, ids_BK[:, :, None].expand(-1, -1, z_BND.shape[2]))
-
-
-def to_patches(x_BCT: torch.Tensor, patch: int) -> torch.Tensor:
-    """Windows as tokens of raw samples (B, N, S); the window length must be a multiple of the patch length."""
-    assert x_BCT.shape[2] % patch == 0, f"{x_BCT.shape[2]} samples are no multiple of patches of {patch}"
-    return x_BCT.unflatten(2, (-1, patch)).flatten(1, 2)
 
 
 class PatchEmbedding(nn.Module):
@@ -153,13 +152,23 @@ class Block(nn.Module):
         return z_BKD + self.narrow(F.gelu(self.wide(self.norm2(z_BKD))))
 
 
-class Transformer(nn.Module):
-    """
-    Tokens of all channels and patches attend to each other.
+class TransformerBlock(Block):
+    """Tokens of all channels and patches attend to each other."""
 
-    Every encoder has this interface: `forward` gives features of the tokens `ids_BK` computed from these tokens alone, or of all
-    N = C * P tokens if ids_BK is None. Masked channels (mask_BC False) and tokens that aren't real are never attended to; what
-    comes out at their places means nothing. Give None instead of a mask without False: it is faster.
+    def forward(self, z_BKD: torch.Tensor, grid: Grid) -> torch.Tensor:
+        return super().forward(z_BKD, grid.real_BK)
+
+
+BLOCKS = {"transformer": TransformerBlock, "mamba": MambaBlock, "fno": FNOBlock, "hybrid": HybridBlock}
+
+
+class Encoder(nn.Module):
+    """
+    Embedded tokens through blocks that mix them, of one of four kinds.
+
+    `forward` gives features of the tokens `ids_BK` computed from these tokens alone, or of all N = C * P tokens if ids_BK is None.
+    Masked channels (mask_BC False) and tokens that aren't real take part in nothing; what comes out at their places means nothing.
+    Give None instead of a mask without False: it is faster. An adapter has the same interface, and `architecture`, `embed`, `place`.
     """
 
     def __init__(self, architecture: Architecture):
@@ -167,8 +176,32 @@ class Transformer(nn.Module):
         a = self.architecture = architecture
         self.embed = PatchEmbedding(a.patch, a.d_model)
         self.place = Places(a.d_model, a.patch / a.rate_hz)
-        self.blocks = nn.ModuleList(Block(a.d_model, a.heads, a.layers) for _ in range(a.layers))
+        self.blocks = nn.ModuleList(BLOCKS[a.encoder](a.d_model, a.heads, a.layers) for _ in range(a.layers))
         self.norm = nn.LayerNorm(a.d_model)
+
+    def tokens(
+        self,
+        x_BCT: torch.Tensor,
+        positions_BC3: torch.Tensor,
+        mask_BC: torch.Tensor | None = None,
+        ids_BK: torch.Tensor | None = None,
+        real_BK: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Grid]:
+        """The tokens as the blocks get them, and their grid; arguments as of `forward`."""
+        patches = x_BCT.shape[2] // self.architecture.patch
+        x_BNS = to_patches(x_BCT, self.architecture.patch)
+        if ids_BK is not None:
+            x_BNS = take(x_BNS, ids_BK)
+        elif mask_BC is not None:
+            real_BK = mask_BC.repeat_interleave(patches, 1)
+        z_BKD = self.embed(x_BNS) + self.place(positions_BC3, patches, ids_BK)
+        return z_BKD, Grid(x_BCT.shape[1], patches, ids_BK, real_BK)
+
+    def mix(self, z_BKD: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Features of tokens."""
+        for block in self.blocks:
+            z_BKD = block(z_BKD, grid)
+        return self.norm(z_BKD)
 
     def forward(
         self,
@@ -178,19 +211,10 @@ class Transformer(nn.Module):
         ids_BK: torch.Tensor | None = None,
         real_BK: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        patches = x_BCT.shape[2] // self.architecture.patch
-        x_BNS = to_patches(x_BCT, self.architecture.patch)
-        if ids_BK is not None:
-            x_BNS = take(x_BNS, ids_BK)
-        elif mask_BC is not None:
-            real_BK = mask_BC.repeat_interleave(patches, 1)
-        z_BKD = self.embed(x_BNS) + self.place(positions_BC3, patches, ids_BK)
-        for block in self.blocks:
-            z_BKD = block(z_BKD, real_BK)
-        return self.norm(z_BKD)
+        return self.mix(*self.tokens(x_BCT, positions_BC3, mask_BC, ids_BK, real_BK))
 
 
-ENCODERS = {"transformer": Transformer}
+ADAPTERS = {"none": lambda encoder: encoder, "perceiver": Perceiver, "nearest": Nearest}
 
 
 class Predictor(nn.Module):
@@ -230,7 +254,7 @@ class Predictor(nn.Module):
 def build_encoder(architecture: Architecture) -> nn.Module:
     """A freshly initialised encoder. Raises Unusable."""
     architecture.check()
-    return ENCODERS[architecture.encoder](architecture)
+    return ADAPTERS[architecture.adapter](Encoder(architecture))
 
 
 def signal_meta(cache) -> dict:

@@ -236,6 +236,26 @@ def test_other_masks(changes, cache, tmp_path):
     assert math.isfinite(results["metrics"]["loss"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(encoder="mamba"),
+        dict(encoder="fno"),
+        dict(encoder="hybrid"),
+        dict(adapter="perceiver", queries=8),
+        dict(adapter="nearest"),
+    ],
+    ids=lambda changes: next(iter(changes.values())),
+)
+def test_other_encoders_learn_and_are_loaded_from_their_file(changes, cache, tmp_path):
+    results = main(config(cache, tmp_path / "run", **changes))
+    lines = log(tmp_path / "run")
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] and lines[-1]["feature_rank"] > 2
+    encoder, meta = load_encoder(results["encoder"], Cache(cache))
+    assert meta["architecture"].items() >= changes.items()
+    assert sum(p.numel() for p in encoder.parameters()) == results["parameters"]
+
+
 def test_a_step_without_a_finite_loss_is_never_taken(cache, tmp_path, monkeypatch):
     calls, honest = [], train_jepa.jepa_loss
 

@@ -1,0 +1,450 @@
+"""Mamba, FNO, hybrid and the adapters: what must not change their features, what must, and their arithmetic against plain meanings."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib.channels import POSITIONS, PROFILES
+from lib.errors import Unusable
+from lib.fno import Spectral, fourier_basis
+from lib.grid import Grid, Pool, take
+from lib.hybrid import Attend
+from lib.losses import layer_normed
+from lib.mamba import Scan, selective_scan
+from lib.masks import draw_masks
+from lib.models import Architecture, Predictor, build_encoder, load_encoder, save_encoder
+from lib.perceiver import MONTAGE, Across, spread_montage
+
+SMALL = dict(d_model=32, layers=2, heads=4, patch=25, rate_hz=100.0)
+KINDS = {
+    "transformer": {},
+    "mamba": dict(encoder="mamba"),
+    "fno": dict(encoder="fno"),
+    "hybrid": dict(encoder="hybrid"),
+    "perceiver": dict(adapter="perceiver", queries=16),
+    "perceiver mamba": dict(encoder="mamba", adapter="perceiver", queries=4),
+    "nearest": dict(adapter="nearest", queries=128),
+    "nearest fno": dict(encoder="fno", adapter="nearest", queries=32),
+}
+TUH21 = PROFILES["tuh21"].channels
+
+
+@pytest.fixture(params=KINDS)
+def encoder(request):
+    torch.manual_seed(0)
+    return build_encoder(Architecture(**SMALL, **KINDS[request.param]))
+
+
+def windows(batch: int = 3, channels: int = 7, patches: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    positions_C3 = torch.tensor([POSITIONS[n] for n in TUH21[:channels]])
+    return torch.randn(batch, channels, patches * SMALL["patch"]), positions_C3.repeat(batch, 1, 1)
+
+
+def close(a, b, tolerance=2e-5):
+    return (a - b).abs().max() <= tolerance
+
+
+# what every encoder promises
+
+
+def test_permuting_channels_permutes_the_features(encoder):
+    x_BCT, positions_BC3 = windows()
+    order = torch.randperm(7)
+    straight = encoder(x_BCT, positions_BC3).unflatten(1, (7, 4))
+    assert close(encoder(x_BCT[:, order], positions_BC3[:, order]).unflatten(1, (7, 4)), straight[:, order])
+    ids_BK = torch.tensor([[1, 2, 6, 9, 23]]).repeat(
+        3, 1
+    )  # and the order in which tokens are named changes nothing either
+    shuffled = torch.tensor([3, 0, 4, 2, 1])
+    named = encoder(x_BCT, positions_BC3, None, ids_BK[:, shuffled])
+    assert close(named, encoder(x_BCT, positions_BC3, None, ids_BK)[:, shuffled])
+
+
+def test_padding_and_bad_channels_change_nothing(encoder):
+    x_BCT, positions_BC3 = windows()
+    alone = encoder(x_BCT, positions_BC3).unflatten(1, (7, 4))
+    wide_BCT, wide_BC3 = 100 * torch.randn(3, 12, 100), torch.full((3, 12, 3), torch.nan)
+    wide_BC3[:, 1] = positions_BC3[:, 0] + 0.01  # one of the bad ones has a place
+    mask_BC = torch.zeros(3, 12, dtype=torch.bool)
+    places = torch.tensor([0, 2, 3, 4, 7, 8, 11])  # bad channels in between and at the end
+    wide_BCT[:, places], wide_BC3[:, places], mask_BC[:, places] = x_BCT, positions_BC3, True
+    assert close(encoder(wide_BCT, wide_BC3, mask_BC).unflatten(1, (12, 4))[:, places], alone)
+    mask_BC[0, places[4:]] = False  # a smaller montage in the same batch
+    mixed = encoder(wide_BCT, wide_BC3, mask_BC).unflatten(1, (12, 4))
+    assert close(mixed[0, places[:4]].flatten(0, 1), encoder(x_BCT[:1, :4], positions_BC3[:1, :4])[0])
+    assert close(mixed[1, places], alone[1])
+
+
+def test_hidden_samples_never_reach_the_features(encoder):
+    x_BCT, positions_BC3 = windows()
+    ids_BK = torch.tensor([[0, 5, 6, 9]]).repeat(3, 1)
+    z_BKD = encoder(x_BCT, positions_BC3, ids_BK=ids_BK)
+    other_BCT = torch.randn_like(x_BCT).unflatten(2, (4, 25))
+    for n in ids_BK[0].tolist():
+        other_BCT[:, n // 4, n % 4] = x_BCT.unflatten(2, (4, 25))[:, n // 4, n % 4]
+    assert torch.equal(encoder(other_BCT.flatten(2), positions_BC3, ids_BK=ids_BK), z_BKD)
+    # all tokens named one by one are the whole grid
+    everything_BK = torch.arange(28).repeat(3, 1)
+    assert close(encoder(x_BCT, positions_BC3, ids_BK=everything_BK), encoder(x_BCT, positions_BC3))
+    # ids that only fill up, 0 though token 0 is seen, are ignored
+    filled_BK = torch.cat([ids_BK, torch.zeros(3, 2, dtype=torch.long)], 1)
+    real_BK = torch.tensor([[True] * 4 + [False] * 2]).repeat(3, 1)
+    assert close(encoder(x_BCT, positions_BC3, None, filled_BK, real_BK)[:, :4], z_BKD)
+    # an electrode of which nothing is seen might as well not be there
+    assert close(encoder(x_BCT[:, :3], positions_BC3[:, :3], ids_BK=ids_BK), z_BKD)
+
+
+def test_what_is_seen_does_reach_the_features_of_other_places(encoder):
+    x_BCT, positions_BC3 = windows(1)
+    straight = encoder(x_BCT, positions_BC3).unflatten(1, (7, 4))
+    x_BCT[:, 2, 25:50] += 1
+    change_CP = (encoder(x_BCT, positions_BC3).unflatten(1, (7, 4)) - straight).abs().amax((0, 3))
+    assert (change_CP > 1e-5).all()  # in two layers: first over time, or over electrodes, then over the other
+
+
+def test_place_and_time_matter(encoder):
+    x_BCT, positions_BC3 = windows(1)
+    z_BND = encoder(x_BCT, positions_BC3)
+    assert not close(encoder(x_BCT, positions_BC3.flip(1)), z_BND, 1e-2)
+    moved_BCT = x_BCT.unflatten(2, (4, 25)).flip(2).flatten(2)
+    assert not close(encoder(moved_BCT, positions_BC3).unflatten(1, (7, 4)).flip(2).flatten(1, 2), z_BND, 1e-2)
+    assert close(encoder(x_BCT, positions_BC3 + 1e-5), z_BND, 0.05)  # a hundredth of a millimetre doesn't
+
+
+def test_electrodes_without_a_position(encoder):
+    x_BCT, positions_BC3 = windows(2)
+    positions_BC3[:, 2:4] = torch.nan
+    z_BND = encoder(x_BCT, positions_BC3)
+    order = torch.tensor([0, 1, 3, 2, 4, 5, 6])
+    assert z_BND.isfinite().all()
+    assert close(encoder(x_BCT[:, order], positions_BC3).unflatten(1, (7, 4))[:, order], z_BND.unflatten(1, (7, 4)))
+    z_BND.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+    assert encoder(x_BCT, torch.full_like(positions_BC3, torch.nan)).isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_reaches_every_parameter(encoder, masked):
+    from train_jepa import JEPA, Part, jepa_loss
+
+    x_BCT, positions_BC3 = windows(4, 9)
+    positions_BC3[:, 8] = torch.nan
+    mask_BC = torch.ones(4, 9, dtype=torch.bool)
+    if masked:
+        mask_BC[1, 5:] = mask_BC[2, 3:] = False
+    masks = draw_masks("spatiotemporal", positions_BC3, mask_BC, 4, 0.6, 0.09, 2, 0, 0, np.arange(4))
+    model, teacher = JEPA(encoder, 2), copy.deepcopy(encoder).requires_grad_(False)
+    jepa_loss(model, teacher, Part(x_BCT, positions_BC3, mask_BC if masked else None, masks))[0].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        ignored = encoder.architecture.adapter == "nearest" and name == "encoder.encoder.place.unplaced_D"
+        # no change of a logit that all keys share can change an attention
+        assert ignored or p.grad.abs().sum() > 0, name
+
+
+def test_nothing_seen_in_a_patch_or_of_a_window(encoder):
+    x_BCT, positions_BC3 = windows(2)
+    ids_BK = torch.tensor(
+        [[0, 4, 8], [1, 0, 0]]
+    )  # patches 1 to 3 are dark in the first, all but one token in the second
+    real_BK = torch.tensor([[True] * 3, [True, False, False]])
+    z_BKD = encoder(x_BCT, positions_BC3, None, ids_BK, real_BK)
+    z_BKD[real_BK].square().sum().backward()
+    assert z_BKD[real_BK].isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+    nobody_BC = torch.tensor([[True] * 7, [False] * 7])
+    assert encoder(x_BCT, positions_BC3, nobody_BC)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("channels, patches", [(1, 1), (1, 5), (3, 1), (13, 3), (5, 40)])
+def test_any_montage_and_length_with_the_same_weights(encoder, channels, patches):
+    weights = {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
+    x_BCT, positions_BC3 = windows(2, channels, patches)
+    z_BND = encoder(x_BCT, positions_BC3)
+    assert z_BND.shape == (2, channels * patches, 32) and z_BND.isfinite().all()
+    assert {name: tuple(t.shape) for name, t in encoder.state_dict().items()} == weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [dict(d_model=6, heads=3, patch=9), dict(d_model=34, heads=1, patch=17)])
+def test_odd_sizes(kind, sizes):
+    encoder = build_encoder(Architecture(**(SMALL | sizes | KINDS[kind])))
+    z_BND = encoder(torch.randn(2, 5, 3 * sizes["patch"]), torch.randn(2, 5, 3) / 10)
+    assert z_BND.shape == (2, 15, sizes["d_model"]) and z_BND.isfinite().all()
+
+
+def test_bfloat16_stays_near_float32(encoder):
+    x_BCT, positions_BC3 = windows(2, 21)
+    ids_BK = torch.arange(0, 84, 3).repeat(2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        half_BKD = encoder(x_BCT, positions_BC3, ids_BK=ids_BK).float()
+        half_BKD.square().sum().backward()
+    assert F.cosine_similarity(half_BKD, encoder(x_BCT, positions_BC3, ids_BK=ids_BK), dim=2).min() > 0.99
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", [dict(encoder="fno"), dict(encoder="hybrid", adapter="perceiver", queries=4)])
+def test_one_graph_for_the_compiler(kind):
+    encoder = build_encoder(Architecture(**(SMALL | kind | dict(layers=1))))
+    x_BCT, positions_BC3 = windows(2)
+    ids_BK = torch.tensor([[0, 5, 6, 9], [1, 2, 3, 27]])
+    traced = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+    assert close(traced(x_BCT, positions_BC3, None, ids_BK), encoder(x_BCT, positions_BC3, None, ids_BK))
+
+
+def test_file_round_trip(tmp_path, encoder):
+    x_BCT, positions_BC3 = windows()
+    save_encoder(tmp_path / "encoder.safetensors", encoder, {"signal": {}, "lineage": []})
+    loaded, _ = load_encoder(tmp_path / "encoder.safetensors")
+    assert torch.equal(loaded(x_BCT, positions_BC3), encoder.eval()(x_BCT, positions_BC3))
+    assert loaded.architecture == encoder.architecture
+
+
+def test_sizes_that_do_not_fit_are_named():
+    for wrong, word in ((dict(adapter="rnn"), "--adapter"), (dict(queries=0), "--queries"), (dict(queries=129), "128")):
+        with pytest.raises(Unusable, match=word):
+            build_encoder(Architecture(**wrong))
+
+
+# the state space
+
+
+def scan_step_by_step(u_RLHE, fade_RLH, b_RLS, c_RLS):
+    """The recurrence itself, a step at a time."""
+    steps, heads = fade_RLH.shape[1:]
+    y_RLHE = torch.zeros_like(u_RLHE)
+    for h in range(heads):
+        state_RSE = torch.zeros_like(b_RLS[:, 0, :, None] * u_RLHE[:, 0, h, None])
+        for t in range(steps):
+            state_RSE = (-fade_RLH[:, t, h, None, None]).exp() * state_RSE + b_RLS[:, t, :, None] * u_RLHE[
+                :, t, h, None
+            ]
+            y_RLHE[:, t, h] = (c_RLS[:, t, :, None] * state_RSE).sum(1)
+    return y_RLHE
+
+
+def scan_inputs(rows=3, steps=23, heads=4, width=5, states=6, dtype=torch.float64):
+    torch.manual_seed(2)
+    u_RLHE, b_RLS, c_RLS = (torch.randn(rows, steps, *s, dtype=dtype) for s in ((heads, width), (states,), (states,)))
+    return u_RLHE, torch.rand(rows, steps, heads, dtype=dtype) ** 3 * 4, b_RLS, c_RLS
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 16, 23, 64])
+def test_scan_equals_the_recurrence_with_its_gradients(chunk):
+    inputs = [t.requires_grad_() for t in scan_inputs()]
+    expected, y = scan_step_by_step(*inputs), selective_scan(*inputs, chunk=chunk)
+    assert close(y, expected, 1e-12)
+    weight = torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad((y * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    ):
+        assert close(ours, theirs, 1e-11)
+
+
+def test_scan_in_single_precision_and_with_extreme_fading():
+    inputs = scan_inputs(steps=300)
+    single = selective_scan(*(t.float() for t in inputs), chunk=64)
+    assert close(single, scan_step_by_step(*inputs), 1e-4)
+    u, fade, b, c = inputs
+    fade = torch.where(torch.rand_like(fade) < 0.1, 1e4, torch.where(torch.rand_like(fade) < 0.5, 0.0, fade))
+    leaf = fade.float().requires_grad_()
+    y = selective_scan(u.float(), leaf, b.float(), c.float(), chunk=32)
+    assert close(y, scan_step_by_step(u, fade, b, c), 1e-3)
+    y.sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_steps_of_no_duration_are_dropped():
+    u, fade, b, c = scan_inputs()
+    kept = torch.tensor([0, 1, 4, 5, 6, 11, 20])
+    on_grid = [torch.zeros_like(t).index_copy(1, kept, t[:, kept]) for t in (u, fade, b, c)]
+    dropped = selective_scan(*(t[:, kept] for t in (u, fade, b, c)))
+    assert close(selective_scan(*on_grid, chunk=8)[:, kept], dropped, 1e-12)
+
+
+def test_scan_has_a_memory_of_many_lengths():
+    scan = Scan(32, 4, 2)
+    remembers_H = 1 / F.softplus(scan.step_H)
+    assert close(remembers_H, torch.tensor([1.0, 64.0, 1.0, 64.0]), 1e-3)
+
+
+# the spectral convolution
+
+
+def test_fourier_basis_is_orthonormal_and_the_layer_is_a_convolution():
+    basis_XL = fourier_basis(10, 11).double()
+    assert close(basis_XL.T @ basis_XL, torch.eye(10), 1e-6)  # all modes of the double period together lose nothing
+    torch.manual_seed(0)
+    layer = Spectral(16, 1)
+    grid, z_BND = Grid(3, 4), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        u_RLE = layer.inward(layer.norm(z_BND)).reshape(6, 16, 8)
+        kernel_MEE = torch.complex(*layer.modes_2MEE)
+        modes_RME = torch.fft.rfft(u_RLE, n=32, dim=1).conj()
+        modes_RME[:, :16] = torch.einsum("rme,mef->rmf", modes_RME[:, :16], kernel_MEE)
+        modes_RME[:, 16:] = 0
+        v_BNX = torch.fft.irfft(modes_RME.conj(), n=32, dim=1)[:, :16].reshape(2, 12, 32)
+        assert close(layer(z_BND, grid), layer.out(F.gelu(u_RLE.reshape(2, 12, 32) + v_BNX)))
+
+
+def test_end_of_a_window_does_not_run_into_its_beginning():
+    """A kernel that delays by one step, written as modes: the first step gets nothing from the last."""
+    steps = 8
+    basis_XL = fourier_basis(steps, steps + 1).double()
+    angle_M = torch.pi / steps * torch.arange(steps + 1).double()
+    u_L = torch.randn(steps, dtype=torch.float64)
+    re_M, im_M = (basis_XL @ u_L).chunk(2)
+    v_L = basis_XL.T @ torch.cat(
+        [re_M * angle_M.cos() - im_M * angle_M.sin(), re_M * angle_M.sin() + im_M * angle_M.cos()]
+    )
+    assert close(v_L[1:], u_L[:-1], 1e-6) and abs(v_L[0]) < 1e-6
+
+
+# mixing over electrodes
+
+
+@pytest.mark.parametrize("layer", [Pool, Attend])
+def test_electrodes_mix_within_their_patch_only(layer):
+    torch.manual_seed(0)
+    layer, z_BND = layer(16, 2, 1), torch.randn(1, 12, 16)
+    straight = layer(z_BND, Grid(3, 4)).unflatten(1, (3, 4))
+    changed_BND = z_BND.clone()
+    changed_BND[:, 5] = torch.randn(16)  # electrode 1, patch 1
+    change_CP = (layer(changed_BND, Grid(3, 4)).unflatten(1, (3, 4)) - straight).abs().amax((0, 3))
+    assert (change_CP[:, 1] > 1e-4).all() and change_CP[:, [0, 2, 3]].max() == 0
+
+
+@pytest.mark.parametrize("layer", [Scan, lambda d, heads, depth: Spectral(d, depth)])
+def test_time_mixes_within_an_electrode_only(layer):
+    torch.manual_seed(0)
+    layer, z_BND = layer(16, 2, 1), torch.randn(1, 12, 16)
+    straight = layer(z_BND, Grid(3, 4)).unflatten(1, (3, 4))
+    changed_BND = z_BND.clone()
+    changed_BND[:, 5] = torch.randn(16)
+    change_CP = (layer(changed_BND, Grid(3, 4)).unflatten(1, (3, 4)) - straight).abs().amax((0, 3))
+    assert (change_CP[1] > 1e-4).all() and change_CP[[0, 2]].max() < 1e-6
+
+
+def test_grid_puts_tokens_in_their_places_and_back():
+    ids_BK, real_BK = torch.tensor([[7, 0, 3], [5, 0, 0]]), torch.tensor([[True] * 3, [True, False, False]])
+    z_BKX = torch.arange(1.0, 7).view(2, 3, 1)
+    grid = Grid(2, 4, ids_BK, real_BK)
+    assert grid.spread(z_BKX).flatten(1).tolist() == [[2, 0, 0, 3, 0, 0, 0, 1], [0, 0, 0, 0, 0, 4, 0, 0]]
+    assert grid.seen_BCP.sum() == 4 and grid.collect(grid.spread(z_BKX))[real_BK].flatten().tolist() == [1, 2, 3, 4]
+    assert grid.share(torch.arange(4.0).view(1, 4, 1).repeat(2, 1, 1)).flatten(1).tolist() == [[3, 0, 3], [1, 0, 0]]
+    assert torch.equal(take(z_BKX, real_BK.long()), z_BKX.gather(1, real_BK.long()[:, :, None]))
+
+
+# the adapters
+
+
+def smooth_fields(channels: list[str], patches: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows as a head gives them: a dozen sources, each seen by electrodes within some centimetres."""
+    torch.manual_seed(3)
+    positions_C3 = torch.tensor([POSITIONS[n] for n in channels])
+    sources_K3 = torch.tensor([POSITIONS[MONTAGE[k]] for k in range(0, 120, 10)])
+    gain_CK = torch.exp(-torch.cdist(positions_C3, sources_K3).square() / (2 * 0.05**2))
+    return (gain_CK @ torch.randn(2, 12, 25 * patches)), positions_C3.repeat(2, 1, 1)
+
+
+@pytest.mark.parametrize("queries", [4, 32, 128])
+def test_21_of_128_electrodes_give_nearly_the_same(queries):
+    torch.manual_seed(0)
+    encoder = build_encoder(Architecture(**SMALL, adapter="perceiver", queries=queries))
+    names = [n for n in MONTAGE]
+    xyz_Q3 = torch.tensor([POSITIONS[n] for n in names])
+    nearest = torch.cdist(torch.tensor([POSITIONS[n] for n in TUH21]), xyz_Q3).argmin(1).unique()
+    x_BCT, positions_BC3 = smooth_fields(names)
+    few = encoder.unify(*encoded(encoder, x_BCT[:, nearest], positions_BC3[:, nearest]))[0]
+    many = encoder.unify(*encoded(encoder, x_BCT, positions_BC3))[0]
+    unrelated = encoder.unify(*encoded(encoder, x_BCT.flip(0), positions_BC3))[0]
+    assert few.shape == many.shape == (2, 4 * queries, 32)
+    same, other = (F.cosine_similarity(few, t, dim=2).mean() for t in (many, unrelated))
+    assert same > 0.95 and 1 - same < 0.5 * (1 - other), (same, other)
+    few = encoder(x_BCT[:, nearest], positions_BC3[:, nearest])
+    many = encoder(x_BCT, positions_BC3).unflatten(1, (128, 4))[:, nearest].flatten(1, 2)
+    assert F.cosine_similarity(few, many, dim=2).min() > 0.95
+
+
+def encoded(perceiver, x_BCT, positions_BC3):
+    z_BKD, grid = perceiver.encoder.tokens(x_BCT, positions_BC3)
+    return z_BKD, positions_BC3, grid
+
+
+def test_queries_start_at_places_of_the_montage_far_from_each_other():
+    everywhere_Q3 = torch.tensor([POSITIONS[n] for n in MONTAGE])
+    assert len(spread_montage(128).unique(dim=0)) == 128
+    for few in (4, 8, 21, 32):
+        chosen_Q3 = spread_montage(few)
+        assert torch.equal(chosen_Q3, spread_montage(128)[:few])
+        apart = torch.pdist(chosen_Q3).min()
+        assert (
+            torch.cdist(everywhere_Q3, chosen_Q3).min(1).values.max() <= apart
+        )  # nobody is farther than they are apart
+
+
+def test_attention_between_places_interpolates():
+    """With silent contents the logits are the squared distances in reaches, whatever form they are computed in."""
+    torch.manual_seed(0)
+    across = Across(8, 2)
+    with torch.no_grad():
+        for layer in (across.q, across.kv):
+            layer.weight.zero_(), layer.bias.zero_()
+        across.nothing_X[8:] = 0
+        across.nothing_X[:8] = 0
+        across.kv.weight[8:].copy_(torch.eye(8))
+        across.out.weight.copy_(torch.eye(8)), across.out.bias.zero_()
+    query_1Q3, key_1C3 = torch.randn(1, 3, 3) / 20, torch.randn(1, 5, 3) / 20
+    z_1KD = torch.randn(1, 5, 8)
+    found = across(torch.randn(1, 1, 3, 8), query_1Q3, z_1KD, key_1C3, Grid(5, 1))[0, 0]
+    everywhere_C3 = torch.cat([key_1C3[0], across.centre_3[None]])  # the last stands for nothing
+    value_CD = torch.cat([across.norm(z_1KD)[0], torch.zeros(1, 8)])
+    for h, reach in enumerate(across.log_reach_H.exp()):
+        weight_QC = (-(torch.cdist(query_1Q3[0], everywhere_C3) / reach).square()).softmax(1)
+        assert close(found[:, 4 * h : 4 * h + 4], weight_QC @ value_CD[:, 4 * h : 4 * h + 4], 1e-4)
+
+
+def test_perceiver_reads_where_the_electrodes_are():
+    torch.manual_seed(0)
+    encoder = build_encoder(Architecture(**SMALL, adapter="perceiver", queries=16))
+    x_BCT, positions_BC3 = smooth_fields(list(TUH21))
+    z_BCPD = encoder(x_BCT, positions_BC3).unflatten(1, (21, 4))
+    near, far = (TUH21.index(n) for n in ("F3", "O2"))
+    here = TUH21.index("Fp1")
+    distance = lambda a, b: (z_BCPD[:, a] - z_BCPD[:, b]).norm()  # noqa: E731
+    assert 0 < distance(here, near) < distance(here, far)
+
+
+def test_nearest_moves_electrodes_to_the_montage():
+    torch.manual_seed(0)
+    encoder = build_encoder(Architecture(**SMALL, adapter="nearest", queries=128))
+    x_BCT, _ = windows(2, 3)
+    names = ["E36", "E104", "E11"]
+    positions_BC3 = torch.tensor([POSITIONS[n] for n in names]).repeat(2, 1, 1) + 0.003
+    z_BND = encoder(x_BCT, positions_BC3)
+    full_BQT = torch.zeros(2, 128, 100)
+    places = [next(q for q, xyz in enumerate(encoder.xyz_Q3.tolist()) if np.allclose(xyz, POSITIONS[n])) for n in names]
+    full_BQT[:, places] = x_BCT
+    expected = (
+        encoder.encoder(full_BQT, encoder.xyz_Q3.expand(2, -1, -1)).unflatten(1, (128, 4))[:, places].flatten(1, 2)
+    )
+    assert close(z_BND, expected)
+    twice = encoder(torch.cat([x_BCT, x_BCT[:, :1]], 1), torch.cat([positions_BC3, positions_BC3[:, :1]], 1))
+    assert close(twice[:, :12], z_BND) and close(twice[:, 12:], z_BND[:, :4])  # shared places hold the mean
+
+
+def test_predictor_and_targets_work_behind_an_adapter(encoder):
+    x_BCT, positions_BC3 = windows()
+    context_BK, target_BM = torch.arange(8).repeat(3, 1), torch.tensor([[8, 9, 12, 27]]).repeat(3, 1)
+    z_BKD = encoder(x_BCT, positions_BC3, ids_BK=context_BK)
+    predicted = Predictor(encoder.architecture, 2)(z_BKD, positions_BC3, 4, context_BK, target_BM)
+    target_BMD = layer_normed(take(encoder(x_BCT, positions_BC3), target_BM))
+    first, second = torch.triu_indices(4, 4, 1)
+    for t in (predicted, target_BMD):
+        assert torch.cdist(t, t)[:, first, second].min() > 0.01
