@@ -4,8 +4,8 @@ Tokens on their grid of channels and patches, for layers that mix along one of t
 Hidden tokens are dropped, not replaced by mask tokens. What is done to a token by itself, nearly all of the arithmetic, is done to
 the tokens seen, in the order they came; only what runs along an axis is spread on the grid, with zeros at the other places.
 
-Shape letters: B windows, C channels, P patches per channel, N = C * P tokens, K tokens seen, S samples, D width, H heads, W wide,
-X any width.
+Shape letters: B windows, C channels, T samples, S samples of a patch, P patches per channel, N = C * P tokens, K tokens seen, D width,
+H heads, X any width.
 """
 
 import math
@@ -66,8 +66,8 @@ class Pool(nn.Module):
     """
     The feed-forward half of a block, which also sees the other electrodes: each head's softmax-weighted mean over those of the same patch.
 
-    Any function of a token and of its set that ignores the set's order has this form, if wide enough (Deep Sets, Zaheer 2017); the
-    weights are those of a learned seed's attention (Set Transformer, Lee 2019). Linear in the number of electrodes.
+    A function of a token and of a sum over its set ignores the set's order (Deep Sets, Zaheer 2017); the weights of the sum are those
+    of attention by a learned seed (Set Transformer, Lee 2019). Linear in the number of electrodes.
     """
 
     def __init__(self, d: int, heads: int, depth: int):

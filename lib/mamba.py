@@ -7,7 +7,7 @@ token to 4 finer steps, so that the state lives through 16. Hidden tokens are st
 and takes nothing from them, which is the scan of the visible ones alone.
 
 Shape letters: B windows, C channels, P patches per channel, K tokens seen, D width, F steps per patch, X any width; in a scan R rows,
-L steps, N chunks, Q steps of a chunk, H heads, E channels per head, S states per channel.
+L steps, N chunks, Q steps of a chunk, E channels, S states per channel, H heads.
 """
 
 import math
@@ -18,45 +18,44 @@ from torch import nn
 
 from lib.grid import Grid, Pool
 
-FORGOTTEN = 20.0  # e^-20 is nothing to float32; larger numbers would cost their neighbours digits in sums over a chunk
+CHUNK = 16  # steps whose fades are summed; times MOST this must stay below the 88 at which exp leaves float32
+MOST = 4.0  # that a step can fade: 2 % of the state are left
 
 
 def selective_scan(
-    u_RLHE: torch.Tensor, fade_RLH: torch.Tensor, b_RLS: torch.Tensor, c_RLS: torch.Tensor, chunk: int = 64
+    u_RLE: torch.Tensor, fade_RLE: torch.Tensor, b_RLS: torch.Tensor, c_RLS: torch.Tensor, chunk: int = CHUNK
 ) -> torch.Tensor:
     """
-    y[t] = c[t] . h[t] with h[t] = exp(-fade[t]) h[t-1] + b[t] u[t], the state h (S, E) per row and head from 0; fade >= 0.
+    y[t] = c[t] . h[t] with h[t] = exp(-fade[t]) h[t-1] + b[t] u[t], the state h (S, E) of a row from 0; 0 <= fade, cut off at 4.
 
-    Mamba's recurrence (S6, Gu & Dao 2023; u = dt x, fade = dt rate) with one rate per head (Mamba-2, Dao & Gu 2024), which makes a
-    chunk a few matrix products: a rate per channel and state took 5 times as long. All exponents are sums of -fade over the steps
-    in between, never positive, so nothing overflows. Python loops over chunks only.
+    Mamba's recurrence (S6, Gu & Dao 2023; u = dt x, fade = dt rate) with a rate per channel instead of per channel and state (as
+    Mamba-2, Dao & Gu 2024, per head), so that a chunk is y = exp(-age) tril(c b) exp(age) u, where age is the sum of fades. It
+    stays within 32 of the chunk's middle, so nothing overflows; and no digit is lost, for what is summed at a step is scaled by
+    what has yet to fade. Python loops over chunks only.
     """
-    L = u_RLHE.shape[1]
+    L = u_RLE.shape[1]
     Q = min(chunk, L)
-    fade_RLH = fade_RLH.clamp_max(FORGOTTEN)
-    u_RNQHE, fade_RNQH, b_RNQS, c_RNQS = (
-        F.pad(t, (0, 0) * (t.ndim - 2) + (0, -L % Q)).unflatten(1, (-1, Q)) for t in (u_RLHE, fade_RLH, b_RLS, c_RLS)
+    u_RNQE, fade_RNQE, b_RNQS, c_RNQS = (
+        F.pad(t, (0, 0, 0, -L % Q)).unflatten(1, (-1, Q)) for t in (u_RLE, fade_RLE.clamp_max(MOST), b_RLS, c_RLS)
     )
-    u_RNHQE, age_RNHQ = u_RNQHE.transpose(2, 3), fade_RNQH.cumsum(2).transpose(2, 3)
-    future_QQ = torch.ones(Q, Q, dtype=torch.bool, device=u_RLHE.device).triu(1)
-    decay_RNHQQ = (age_RNHQ[..., None, :] - age_RNHQ[..., :, None]).masked_fill_(future_QQ, -torch.inf).exp_()
-    like_RN1QQ = (c_RNQS @ b_RNQS.transpose(2, 3))[:, :, None]
-    y_RNHQE = (like_RN1QQ * decay_RNHQQ).to(u_RNHQE.dtype) @ u_RNHQE
-    if y_RNHQE.shape[1] > 1:  # what the chunks before left behind
-        left_RNHQ1 = (age_RNHQ - age_RNHQ[..., -1:]).exp()[..., None].to(u_RNHQE.dtype)
-        new_RNHSE = (b_RNQS[:, :, None].transpose(3, 4) @ (left_RNHQ1 * u_RNHQE)).to(age_RNHQ.dtype)
-        kept_RNH11 = (-age_RNHQ[..., -1:, None]).exp()
-        h_RHSE, before = torch.zeros_like(new_RNHSE[:, 0]), []
-        for new_RHSE, kept_RH11 in zip(new_RNHSE.unbind(1), kept_RNH11.unbind(1), strict=True):
-            before.append(h_RHSE)
-            h_RHSE = kept_RH11 * h_RHSE + new_RHSE
-        y_RNHQE = y_RNHQE + (-age_RNHQ[..., None]).exp() * (c_RNQS[:, :, None] @ torch.stack(before, 1))
-    return y_RNHQE.transpose(2, 3).flatten(1, 2)[:, :L].to(u_RLHE.dtype)
+    age_RNQE = fade_RNQE.cumsum(2)
+    half_RN1E = age_RNQE[:, :, -1:] / 2
+    grown_RNQE, shrunk_RNQE = ((age_RNQE - half_RN1E).exp() * u_RNQE).to(u_RLE.dtype), (half_RN1E - age_RNQE).exp()
+    y_RNQE = (c_RNQS @ b_RNQS.transpose(2, 3)).tril() @ grown_RNQE
+    if y_RNQE.shape[1] > 1:  # what the chunks before left behind
+        kept_RN1E = (-half_RN1E).exp()
+        new_RNSE = kept_RN1E * (b_RNQS.transpose(2, 3) @ grown_RNQE)
+        h_RSE, before = torch.zeros_like(new_RNSE[:, 0]), []
+        for new_RSE, kept_R1E in zip(new_RNSE.unbind(1), kept_RN1E.square().unbind(1), strict=True):
+            before.append(h_RSE)
+            h_RSE = kept_R1E * h_RSE + new_RSE
+        y_RNQE = y_RNQE + kept_RN1E * (c_RNQS @ torch.stack(before, 1))
+    return (shrunk_RNQE * y_RNQE).flatten(1, 2)[:, :L].to(u_RLE.dtype)
 
 
 class Scan(nn.Module):
     """
-    A Mamba mixer in both directions (as FEMBA, Tegon 2025): half of the heads run forwards, half backwards.
+    A Mamba mixer in both directions (as FEMBA, Tegon 2025): half of the channels run forwards, half backwards.
 
     Steps, b and c come through the same map of the input as x, as in Mamba-2. Its short convolution is left out: the map that
     unfolds a patch mixes its steps already.
@@ -66,15 +65,15 @@ class Scan(nn.Module):
 
     def __init__(self, d: int, heads: int, depth: int):
         super().__init__()
-        ahead = max(1, heads // 2)
-        self.heads = 2 * ahead
-        self.inner = self.heads * math.ceil(2 * d / self.STEPS / self.heads)
+        self.heads = 2 * max(1, heads // 2)  # groups of channels that share what the input adds to their step
+        width = math.ceil(2 * d / self.STEPS / self.heads)
+        self.inner = self.heads * width
         self.norm = nn.LayerNorm(d)
         self.inward = nn.Linear(d, self.STEPS * (2 * self.inner + 2 * self.STATES + self.heads))
-        remembers_H = 64 ** (torch.arange(ahead) / max(1, ahead - 1)).repeat(2)  # from 1 to 64 steps, untrained
-        self.step_H = nn.Parameter((1 / remembers_H).expm1().log())  # softplus of it is 1 / remembers
-        self.log_rate_H = nn.Parameter(torch.zeros(self.heads))
-        self.skip_H = nn.Parameter(torch.ones(self.heads))
+        remembers_E = 64 ** torch.linspace(0, 1, width)  # from 1 to 64 steps, untrained
+        self.step_X = nn.Parameter((1 / remembers_E).expm1().log().repeat(self.heads))  # softplus of it: 1 / remembers
+        self.log_rate_X = nn.Parameter(torch.zeros(self.inner))
+        self.skip_X = nn.Parameter(torch.ones(self.inner))
         self.level = nn.RMSNorm(self.inner)
         self.out = nn.Linear(self.STEPS * self.inner, d)
         with torch.no_grad():
@@ -84,19 +83,19 @@ class Scan(nn.Module):
         h_BKFX = self.inward(self.norm(z_BKD)).unflatten(2, (self.STEPS, -1))
         sizes = (self.inner, self.inner, 2 * self.STATES, self.heads)
         gate_BKFX, x_BKFX, bc_BKFX, dt_BKFH = h_BKFX.split(sizes, 3)
-        x_BKFHE = F.silu(x_BKFX).unflatten(3, (self.heads, -1))
-        dt_BKFH = F.softplus(dt_BKFH.float() + self.step_H)
-        u_BKFX = (x_BKFHE * dt_BKFH[..., None]).flatten(3)
-        rows_BKX = torch.cat([u_BKFX, bc_BKFX, dt_BKFH * self.log_rate_H.exp()], 3).flatten(2)  # fade 0 where hidden
+        x_BKFX = F.silu(x_BKFX)
+        dt_BKFX = (dt_BKFH.float()[..., None] + self.step_X.unflatten(0, (self.heads, -1))).flatten(3)
+        dt_BKFX = F.softplus(dt_BKFX)
+        # where nothing is seen all of these will be 0, the fade too
+        rows_BKX = torch.cat([dt_BKFX * x_BKFX, dt_BKFX * self.log_rate_X.exp(), bc_BKFX], 3).flatten(2)
         rows_RLX = grid.spread(rows_BKX).reshape(-1, grid.patches * self.STEPS, rows_BKX.shape[2] // self.STEPS)
-        u_RLX, b_RLS, c_RLS, fade_RLH = rows_RLX.split((self.inner, self.STATES, self.STATES, self.heads), 2)
-        ahead, back = zip(u_RLX.unflatten(2, (self.heads, -1)).chunk(2, 2), fade_RLH.chunk(2, 2), strict=True)
-        y_RLHE = selective_scan(*ahead, b_RLS, c_RLS)
-        y_back_RLHE = selective_scan(*(t.flip(1) for t in (*back, b_RLS, c_RLS))).flip(1)
-        y_RLHE = torch.cat([y_RLHE, y_back_RLHE], 2)
-        y_BCPX = y_RLHE.reshape(-1, grid.channels, grid.patches, self.STEPS * self.inner)
-        y_BKFHE = grid.collect(y_BCPX).view_as(x_BKFHE) + self.skip_H[:, None] * x_BKFHE
-        return self.out((self.level(y_BKFHE.flatten(3)) * F.silu(gate_BKFX)).flatten(2))
+        u_RLX, fade_RLX, b_RLS, c_RLS = rows_RLX.split((self.inner, self.inner, self.STATES, self.STATES), 2)
+        ahead, back = zip(u_RLX.chunk(2, 2), fade_RLX.chunk(2, 2), strict=True)
+        y_RLX = selective_scan(*ahead, b_RLS, c_RLS)
+        y_back_RLX = selective_scan(*(t.flip(1) for t in (*back, b_RLS, c_RLS))).flip(1)
+        y_BCPX = torch.cat([y_RLX, y_back_RLX], 2).reshape(-1, grid.channels, grid.patches, self.STEPS * self.inner)
+        y_BKFX = grid.collect(y_BCPX).view_as(x_BKFX) + self.skip_X * x_BKFX
+        return self.out((self.level(y_BKFX) * F.silu(gate_BKFX)).flatten(2))
 
 
 class MambaBlock(nn.Module):

@@ -3,7 +3,7 @@ Adapters: an encoder behind a montage of its own, whatever the electrodes of the
 
 Perceiver: Q learned electrodes take in what the real ones of the same patch measured, the encoder works on these Q x P latent tokens,
 and each real token adds to itself what it then reads from those of its patch (Perceiver IO, Jaegle 2021; learned queries over
-electrodes as in LUNA, Doner 2025). Both steps know electrodes by position, never by name or number. Features thus exist for each
+electrodes as in LUNA, Döner 2025). Both steps know electrodes by position, never by name or number. Features thus exist for each
 electrode and patch of any montage, and the JEPA loss, predictor and probes see a bare encoder: the context's latents are made from
 visible tokens alone, the teacher's from all, and targets are what its hidden tokens have become. (Read out by position only, targets
 were nearly a function of the position: on the demo cohort they were predicted with a cosine of 0.90, at a rank of 7 instead of 30.)
@@ -11,11 +11,12 @@ were nearly a function of the position: on the demo cohort they were predicted w
 Nearest: the plain alternative to beat, each electrode's samples at the nearest of 128 places, zeros at the others.
 
 Shape letters: B windows, C channels, T samples, S samples of a patch, P patches per channel, N = C * P tokens, K tokens asked for,
-Q queries or latent electrodes, D width, H heads, W width of a head.
+Q queries or latent electrodes, D width, H heads, W width of a head, X any width.
 """
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,14 +29,13 @@ MONTAGE = tuple(f"E{i}" for i in range(1, 129))  # GSN-HydroCel-128
 
 def spread_montage(electrodes: int) -> torch.Tensor:
     """Positions (Q, 3) of so many electrodes of MONTAGE: from the vertex on, always the one farthest from those chosen (Gonzalez 1985)."""
-    xyz_Q3 = torch.tensor([POSITIONS[name] for name in MONTAGE])
-    far_Q = (xyz_Q3 - torch.tensor(POSITIONS["Cz"])).norm(dim=1)
-    chosen = [int(far_Q.argmin())]
-    far_Q.fill_(torch.inf)
+    xyz_Q3 = np.array([POSITIONS[name] for name in MONTAGE])
+    chosen = [int(np.linalg.norm(xyz_Q3 - POSITIONS["Cz"], axis=1).argmin())]
+    far_Q = np.full(len(MONTAGE), np.inf)
     while len(chosen) < electrodes:
-        far_Q = torch.minimum(far_Q, (xyz_Q3 - xyz_Q3[chosen[-1]]).norm(dim=1))
+        far_Q = np.minimum(far_Q, np.linalg.norm(xyz_Q3 - xyz_Q3[chosen[-1]], axis=1))
         chosen.append(int(far_Q.argmax()))
-    return xyz_Q3[chosen]
+    return torch.tensor(xyz_Q3[chosen], dtype=torch.float32)
 
 
 class Across(nn.Module):
@@ -58,7 +58,8 @@ class Across(nn.Module):
 
     def place(self, positions_BC3: torch.Tensor) -> torch.Tensor:
         """Positions from the middle of the head, in reaches of each head: (B, 1, H, C, 3), the 1 for the patches."""
-        xyz_BC3 = torch.nan_to_num(positions_BC3 - self.centre_3, nan=0.0)
+        placed_BC1 = positions_BC3.isfinite().all(2, keepdim=True)
+        xyz_BC3 = torch.where(placed_BC1, positions_BC3 - self.centre_3, 0.0)
         return (xyz_BC3[:, None] / self.log_reach_H.exp()[:, None, None])[:, None]
 
     def forward(
@@ -78,9 +79,7 @@ class Across(nn.Module):
         kv_BPCX = grid.spread(self.kv(self.norm(z_BKD))).transpose(1, 2)
         kv_BPCX = torch.cat([kv_BPCX, self.nothing_X.to(kv_BPCX.dtype).expand(B, P, 1, -1)], 2)
         k_BPHCW, v_BPHCW = kv_BPCX.unflatten(3, (2 * self.heads, -1)).transpose(2, 3).chunk(2, 2)
-        q_BPHQW = (
-            self.q(self.norm_q(query_BPQD)).unflatten(3, (self.heads, -1)).transpose(2, 3).expand(B, P, -1, -1, -1)
-        )
+        q_BPHQW = self.q(self.norm_q(query_BPQD)).unflatten(3, (self.heads, -1)).transpose(2, 3)
         # -|q - k|^2 is 2 qk - |k|^2 and a constant of the query, so four more dimensions make a plain dot product of it
         at_k_BPHC3 = F.pad(self.place(positions_BC3), (0, 0, 0, 1))  # nothing is in the middle too
         at_q_BPHQ3 = self.place(query_BQ3)
@@ -88,7 +87,7 @@ class Across(nn.Module):
         more_q = F.pad(at_q_BPHQ3, (0, 1), value=1.0) * scale
         k, q = (
             torch.cat([t, more.to(t.dtype).expand(B, P, -1, -1, -1)], -1).flatten(0, 1)
-            for t, more in ((k_BPHCW, more_k), (q_BPHQW, more_q))
+            for t, more in ((k_BPHCW, more_k), (q_BPHQW.expand(B, P, -1, -1, -1), more_q))
         )
         seen = None
         if grid.seen_BCP is not None:
@@ -114,7 +113,7 @@ class Perceiver(nn.Module):
     place = property(lambda self: self.encoder.place)
 
     def unify(self, z_BKD: torch.Tensor, positions_BC3: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:
-        """Features of the learned electrodes (B, Q * P, D), whatever the montage: 21 in, Q out; and their grid."""
+        """Features of the learned electrodes (B, Q * P, D), whatever the montage (21 in, Q out), and their grid."""
         content_QD, xyz_1Q3 = self.query_place["content_QD"], self.query_place["xyz_Q3"][None]
         query_11QD = (content_QD + self.place(xyz_1Q3, 1))[:, None]  # asks where, not when: all patches share it
         found_BPQD = self.gather(query_11QD, xyz_1Q3, z_BKD, positions_BC3, grid) + content_QD
@@ -131,8 +130,9 @@ class Perceiver(nn.Module):
         real_BK: torch.Tensor | None = None,
     ) -> torch.Tensor:
         z_BKD, grid = self.encoder.tokens(x_BCT, positions_BC3, mask_BC, ids_BK, real_BK)
-        token_BPCD, latents = grid.spread(z_BKD).transpose(1, 2), self.unify(z_BKD, positions_BC3, grid)
-        read_BPCD = self.read(token_BPCD, positions_BC3, latents[0], self.query_place["xyz_Q3"][None], latents[1])
+        y_BND, latents = self.unify(z_BKD, positions_BC3, grid)
+        token_BPCD, xyz_1Q3 = grid.spread(z_BKD).transpose(1, 2), self.query_place["xyz_Q3"][None]
+        read_BPCD = self.read(token_BPCD, positions_BC3, y_BND, xyz_1Q3, latents)
         return self.norm(z_BKD + grid.collect(read_BPCD.transpose(1, 2)))
 
 
@@ -170,10 +170,11 @@ class Nearest(nn.Module):
         placed_BC1 = positions_BC3.isfinite().all(2, keepdim=True)
         xyz_BC3 = torch.where(placed_BC1, positions_BC3, 0.0)
         place_BC = torch.cdist(xyz_BC3, self.xyz_Q3.expand(B, -1, -1)).argmin(2)
-        one_BQC = (F.one_hot(place_BC, len(self.xyz_Q3)) * placed_BC1).transpose(1, 2).to(x_BCT.dtype)
-        count_BQP = one_BQC @ (x_BCT.new_ones(B, C, P) if grid.seen_BCP is None else grid.seen_BCP.to(x_BCT.dtype))
-        sum_BQPS = (one_BQC @ grid.spread(x_BNS).flatten(2)).unflatten(2, (P, -1))
-        mean_BQT = (sum_BQPS / count_BQP.clamp_min(1)[..., None]).flatten(2)
+        one_BQC = (F.one_hot(place_BC, len(self.xyz_Q3)) * placed_BC1).transpose(1, 2).float()
+        ones_BCP = x_BCT.new_ones(B, C, P) if grid.seen_BCP is None else grid.seen_BCP.float()
+        with torch.autocast(x_BCT.device.type, enabled=False):  # samples keep the digits that a bare encoder gets
+            sum_BQPS = (one_BQC @ grid.spread(x_BNS).flatten(2)).unflatten(2, (P, -1))
+            mean_BQT = (sum_BQPS / (one_BQC @ ones_BCP).clamp_min(1)[..., None]).flatten(2)
         y_BNX = self.encoder(mean_BQT, self.xyz_Q3.expand(B, -1, -1))
         y_BCPD = take(y_BNX.unflatten(1, (-1, P)).flatten(2), place_BC).unflatten(2, (P, -1)) * placed_BC1[..., None]
         return grid.collect(y_BCPD)
