@@ -313,7 +313,7 @@ def cache_recording(task: Task) -> dict:
             ready = prepare(recording, signal, source.spec, source.crop)
             part |= _write(task, part, recording, ready)
     except Rejected as error:
-        part |= {"status": "quarantined", "code": error.code, "reason": "" if task.anonymous else error.reason}
+        part |= {"status": "quarantined", "code": error.code, "reason": _reason(task, error.reason)}
     except (OSError, MemoryError) as error:
         if getattr(error, "errno", None) in store.DISK_FULL:
             raise Failed(
@@ -324,7 +324,7 @@ def cache_recording(task: Task) -> dict:
             **part,
             "status": "quarantined",
             "code": code,
-            "reason": f"{type(error).__name__}: {error}",
+            "reason": _reason(task, f"{type(error).__name__}: {error}"),
             "files": [],
         }
     try:
@@ -332,6 +332,11 @@ def cache_recording(task: Task) -> dict:
     except OSError as error:
         raise Failed(f"{part_path}: {error.strerror}; free some space and run the same command again") from None
     return part
+
+
+def _reason(task: Task, text: str) -> str:
+    """Why a source was refused, without the folder it lies in (a moved source gives the same bytes), or nothing that can name it."""
+    return "" if task.anonymous else text.replace(str(task.source.path), task.source.path.name)
 
 
 def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepared) -> dict:
@@ -687,10 +692,10 @@ def collect_garbage(cfg: Config) -> dict:
 def _unused(directory: Path) -> list[Path]:
     """Files below the signal directories that belong to no recording or quarantine entry of the manifest."""
     data = directory / store.read_manifest(directory)["directory"]
-    used = set()
+    listed, used = manifest.listed_keys(directory), set()
     for path in data.glob("parts/*.json"):
         part = store.read_part(path)
-        if part and part["key"] in manifest.listed_keys(directory):
+        if part and part["key"] in listed:
             used |= {path, data / "shards" / part.get("shard", "")}
     return sorted(p for folder in ("parts", "shards") for p in directory.glob(f"*/{folder}/*") if p not in used)
 

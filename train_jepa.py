@@ -66,7 +66,7 @@ class Config(RunConfig):
     # encoder
     encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
     adapter: Literal["none", "perceiver", "nearest"] = "none"  # montage of its own: learned, or by nearest electrode
-    queries: int = 128  # electrodes of that montage; 4 to 32 for speed
+    queries: int = 32  # electrodes of that montage, at most 128; 4 to 16 for speed
     d_model: int = 128  # width
     layers: int = 4  # depth
     heads: int = 4  # attention heads
@@ -93,9 +93,9 @@ class Config(RunConfig):
 
 PRESETS = {
     "mini": {},
-    "base": dict(d_model=512, layers=12, heads=8, batch=256, max_channels=0, steps=None, lr=1e-4, val_windows=1024, probe_windows=6000,
+    "base": dict(queries=128, d_model=512, layers=12, heads=8, batch=256, max_channels=0, steps=None, lr=1e-4, val_windows=1024, probe_windows=6000,
                  warmup=0.05, log_every=20, eval_every=1000, save_every=1000, probe_every=10000),
-    "full": dict(d_model=768, layers=16, heads=12, batch=1024, max_channels=0, steps=None, lr=1e-4, val_windows=2048, probe_windows=10000,
+    "full": dict(queries=128, d_model=768, layers=16, heads=12, batch=1024, max_channels=0, steps=None, lr=1e-4, val_windows=2048, probe_windows=10000,
                  warmup=0.05, log_every=20, eval_every=1000, save_every=1000, probe_every=10000),
 }  # fmt: skip
 

@@ -133,6 +133,15 @@ def assemble(
     }
     head["seizure_sources"].sort()
     results["seizure_sources"], results["units"] = head["seizure_sources"], units
+    # each data set by itself: one without seizures must not hide beside another that has them
+    results["seizureless"] = []
+    for dataset in head["seizure_sources"]:
+        rows = [
+            i for i, (s, _, _) in enumerate(kept) if s.dataset == dataset and split_of[dataset, s.subject] == "train"
+        ]
+        counts = count_windows(index, events_table, vocabulary, signal["rate_hz"], rows)
+        if not counts["full"] + counts["partial"]:
+            results["seizureless"].append(dataset)
     return tables, head, results
 
 
@@ -143,10 +152,9 @@ def refusal(results: dict, allow_no_seizures: bool) -> str | None:
         return f"nothing could be cached ({codes}); the reasons are in quarantine.json"
     if len(results["units"]) > 1:
         return f"recordings have different units ({', '.join(results['units'])}): build a cache for each"
-    train = results["splits"].get("train", {}).get("windows", {})
-    if results["seizure_sources"] and not allow_no_seizures and not train.get("full", 0) + train.get("partial", 0):
+    if results["seizureless"] and not allow_no_seizures:
         return (
-            f"the training split of {', '.join(results['seizure_sources'])} holds no seizure: check its label files, or say "
+            f"the training split of {', '.join(results['seizureless'])} holds no seizure: check its label files, or say "
             "--allow-no-seizures"
         )
     return None
