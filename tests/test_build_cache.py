@@ -426,3 +426,29 @@ def test_two_caches_read_as_one(small, tmp_path):
     assert run("--source", tmp_path / "raw", "--cache", tmp_path / "fast", "--rate-hz", 200)[0] == 0
     with pytest.raises(Unusable, match="rate_hz"):
         Cache(small[1], tmp_path / "fast")
+
+
+def test_a_seizure_less_data_set_does_not_hide_beside_another(tmp_path):
+    for name, seizures in (("with", True), ("without", False)):
+        raw = write_small(tmp_path / name, subjects=3)
+        (raw / "dataset.toml").write_text((raw / "dataset.toml").read_text().replace('"small"', f'"{name}"'))
+        for path in raw.glob("*.edf"):
+            rows = "TERM,0.0,16.0,bckg,1.0\n" if not seizures else "TERM,0.0,4.0,bckg,1.0\nTERM,4.0,10.0,seiz,1.0\n"
+            text = "# version = csv_v1.0.0\n# duration = 16.0 secs\n#\nchannel,start_time,stop_time,label,confidence\n"
+            path.with_suffix(".csv_bi").write_text(text + rows)
+    both = ("--source", tmp_path / "with", tmp_path / "without", "--cache", tmp_path / "cache")
+    code, _, stderr = run(*both)
+    assert code == 2 and "training split of without holds no seizure" in stderr.splitlines()[-1]
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    code, result, stderr = run(*both, "--allow-no-seizures")
+    assert code == 0 and result["reused"] == 12 and result["windows"]["full"] > 0, stderr
+
+
+def test_reasons_do_not_name_the_folder(tmp_path):
+    raw = write_small(tmp_path / "raw", subjects=3)
+    (raw / "s07_rest.edf").write_bytes(b"<html>404</html>" * 40)
+    (raw / "s08_rest.edf").symlink_to(tmp_path / "nowhere.edf")
+    code, result, stderr = run("--source", raw, "--cache", tmp_path / "cache")
+    assert code == 3 and result["quarantined_by_code"] == {"not_edf": 1, "unreadable": 1}, stderr
+    for entry in json.loads((tmp_path / "cache" / "quarantine.json").read_bytes()):
+        assert str(tmp_path) not in entry["reason"] and entry["key"].split("/")[-1] in entry["reason"], entry
