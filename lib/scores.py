@@ -1,0 +1,123 @@
+"""
+Scores of predictions, with intervals from a bootstrap over subjects: windows of one person are not independent.
+
+Shape letters: B predictions, K classes, R resamples.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+BINS = 15  # of the calibration error (Guo 2017)
+RESAMPLES = 1000
+
+
+def nrmse(y_B: np.ndarray, guess_B: np.ndarray) -> float:
+    """RMSE over the target's standard deviation (ddof 0), as the EEG Challenge 2025 scores; a constant guess at the mean has 1."""
+    return float(np.sqrt(np.mean((guess_B - y_B) ** 2)) / np.std(y_B))
+
+
+def challenge_score(challenge1: float, challenge2: float) -> float:
+    """The EEG Challenge 2025's overall score from the two NRMSE; lower is better."""
+    return 0.3 * challenge1 + 0.7 * challenge2
+
+
+def regression_scores(y_B: np.ndarray, guess_B: np.ndarray) -> dict[str, float]:
+    """NRMSE, MAE, R², Pearson r and Lin's concordance (1989) of one target; NaN where undefined."""
+    y_B, guess_B = np.asarray(y_B, np.float64), np.asarray(guess_B, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = nrmse(y_B, guess_B)
+        covariance = np.mean((y_B - y_B.mean()) * (guess_B - guess_B.mean()))
+        bias = (y_B.mean() - guess_B.mean()) ** 2
+        return {
+            "nrmse": error,
+            "mae": float(np.abs(guess_B - y_B).mean()),
+            "r2": float(1 - error**2),
+            "pearson_r": float(covariance / (y_B.std() * guess_B.std())),
+            "concordance": float(2 * covariance / (y_B.var() + guess_B.var() + bias)),
+        }
+
+
+def classification_scores(y_B: np.ndarray, probability_BK: np.ndarray) -> dict[str, float]:
+    """
+    Scores of class probabilities for true class numbers: balanced accuracy, accuracy, AUROC, AUPRC, kappa, F1, calibration error.
+
+    AUROC, AUPRC and F1 are of class 1 where there are two classes, else the mean of one against the rest. Classes that don't occur
+    in y_B are left out of every mean.
+    """
+    from sklearn import metrics  # here: it takes a second that a typing error in a flag need not wait for
+
+    classes, guess_B = np.unique(y_B), probability_BK.argmax(1)
+    one_BK = y_B[:, None] == classes
+    scored = classes if probability_BK.shape[1] > 2 else classes[classes == 1]
+    if len(classes) < 2:
+        auroc = auprc = float("nan")
+    else:
+        columns = [(one_BK[:, list(classes).index(k)], probability_BK[:, k]) for k in scored]
+        auroc = float(np.mean([metrics.roc_auc_score(*c) for c in columns]))
+        auprc = float(np.mean([metrics.average_precision_score(*c) for c in columns]))
+    recall_K = [float((guess_B[y_B == k] == k).mean()) for k in classes]
+    return {
+        "balanced_accuracy": float(np.mean(recall_K)),
+        "accuracy": float((guess_B == y_B).mean()),
+        "auroc": auroc,
+        "auprc": auprc,
+        "kappa": float(metrics.cohen_kappa_score(y_B, guess_B)) if len(classes) > 1 else float("nan"),
+        "f1": float(metrics.f1_score(y_B, guess_B, labels=scored, average="macro", zero_division=0))
+        if len(scored)
+        else float("nan"),
+        "calibration_error": calibration_error(y_B, probability_BK),
+    }
+
+
+def calibration_error(y_B: np.ndarray, probability_BK: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error (Guo 2017, eq. 3): mean distance of confidence and accuracy over equal bins of confidence."""
+    confidence_B, right_B = probability_BK.max(1), probability_BK.argmax(1) == y_B
+    bin_B = np.clip(np.ceil(confidence_B * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(bin_B, right_B - confidence_B, bins)  # count times difference of the means
+    return float(np.abs(gap).sum() / len(y_B))
+
+
+def subject_bootstrap(
+    score: Callable[..., dict[str, float]],
+    subject_B: np.ndarray,
+    *values_B: np.ndarray,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict[str, tuple[float, float, float]]:
+    """
+    Each score with its 95 % interval: (value, low, high), by percentiles over resampled subjects (Efron 1979).
+
+    `score(*values_B)` gives the scores of some rows. Resamples in which a score is undefined don't count for it; NaN bounds where
+    fewer than two subjects, or no defined resample, leave nothing to say.
+    """
+    names, number_B = np.unique(subject_B, return_inverse=True)
+    value = score(*values_B)
+    order_B = np.argsort(number_B, kind="stable")
+    rows = np.split(order_B, np.cumsum(np.bincount(number_B))[:-1])
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(resamples if len(names) > 1 else 0):
+        picked = np.concatenate([rows[i] for i in rng.integers(len(names), size=len(names))])
+        drawn.append(score(*(v[picked] for v in values_B)))
+    return {name: (v, *_interval([d[name] for d in drawn])) for name, v in value.items()}
+
+
+def paired_bootstrap(
+    score: Callable[..., float],
+    subject_B: np.ndarray,
+    y_B: np.ndarray,
+    ours_B: np.ndarray,
+    theirs_B: np.ndarray,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Difference of one score between two models on the same rows, ours less theirs, with its 95 % interval over subjects."""
+
+    def difference(y_B, a_B, b_B) -> dict[str, float]:
+        return {"difference": score(y_B, a_B) - score(y_B, b_B)}
+
+    return subject_bootstrap(difference, subject_B, y_B, ours_B, theirs_B, seed=seed)["difference"]
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    kept = np.array([v for v in values if np.isfinite(v)])
+    return tuple(np.percentile(kept, [2.5, 97.5]).tolist()) if len(kept) else (float("nan"), float("nan"))
