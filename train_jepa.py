@@ -28,26 +28,31 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from lib import command, plot
+from lib import command, plot, recovery
+from lib.batches import Part, read_parts
 from lib.cache import Batch, Cache
 from lib.errors import Failed, Unusable
-from lib.losses import layer_normed, loss_latent
-from lib.masks import Masks, choose_channels, draw_masks
-from lib.metrics import effective_rank, feature_std
-from lib.models import Architecture, Predictor, build_encoder, load_encoder, save_encoder, signal_meta, take
-from lib.optim import decay_groups, ema_momentum, ema_update, warmup_cosine
-from lib.precision import autocast, choose_dtype
+from lib.flops import StepCost, matmul_rate
+from lib.lineage import auxiliary_targets, check_leak, inherited, trained_on
+from lib.losses import layer_normed, loss_latent, loss_sigreg, loss_vicreg
+from lib.masks import draw_masks
+from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
+from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta, take
+from lib.optim import decay_groups, ema_momentum, ema_update, warm_restarts, warmup_cosine
+from lib.precision import DTYPES, autocast, choose_dtype
+from lib.predictor import Predictor
 from lib.prefetch import Prefetch
-from lib.probe import Probe
-from lib.ranks import join
-from lib.run import Pace, Run, RunConfig, due, saved_config
+from lib.probe import Probe, stimuli
+from lib.ranks import Ranks, join
+from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
+from lib.traits import AuxiliaryHeads, Trait, known_labels, read_traits, save_heads, trait_values
 from lib.windows import Windows
 
 Sampling = Literal["uniform", "subject", "seizure"]
 Kind = Literal["random", "spatial", "temporal", "spatiotemporal"]
+RESTART_EPOCHS = 10  # of the first cosine of --schedule restarts; each is twice as long as the one before
 EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw the masks of the validation windows
-MOST_SKIPPED = 10  # steps in a row without a finite gradient that end the run
 
 
 @dataclass(frozen=True)
@@ -79,49 +84,38 @@ class Config(RunConfig):
     mask_ratio: float = 0.6  # share of tokens to predict, met exactly
     mask_radius_m: float = 0.09  # of a block, around its central electrode
     mask_patches: int = 2  # patches that a block lasts
+    predictor: Literal["prelocal", "postlocal", "contextual"] = (
+        "prelocal"  # targets attend to the context; then also to each other; and to a summary of the window
+    )
     predictor_layers: int = 2  # depth of the predictor, half as wide as the encoder
     ema: float = 0.996  # teacher's momentum at the first step, raised linearly to 1
+    aux: tuple[str, ...] = ()  # columns to predict beside, as in: age sex p_factor; they can't be evaluated on then
+    aux_weight: float = 0.45  # of their mean loss
+    vicreg: float = 0.0  # weight of the variance and covariance of windows' features, against collapse
+    sigreg: float = 0.0  # weight of their distance from a Gaussian, likewise
+    collapse: Literal["warn", "stop"] = "warn"  # what to do when features have collapsed
+    allow_leak: bool = False  # probe labels that were auxiliary targets, and people an --init was trained on
     # optimizer
     lr: float = 1e-3  # peak of AdamW's learning rate; small models need more
     weight_decay: float = 0.05  # of weight matrices
+    schedule: Literal["cosine", "restarts"] = (
+        "cosine"  # once down to 0, or after 10, 20, 40 … epochs from the peak again
+    )
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0  # largest gradient norm
     # evaluation
     val_windows: int = 256  # windows of the val split for val_loss and the collapse watch
     probe_windows: int = 400  # windows of the train and val splits for the linear probe
+    keep: int = 3  # encoders of lowest val_loss kept in best/ beside the last one
 
 
 PRESETS = {
     "mini": {},
     "base": dict(queries=128, d_model=512, layers=12, heads=8, batch=256, max_channels=0, steps=None, lr=1e-4, val_windows=1024, probe_windows=6000,
-                 warmup=0.05, log_every=20, eval_every=1000, save_every=1000, probe_every=10000),
+                 warmup=0.05, log_every=20, eval_every=1000, save_every=1000, probe_epochs=5),
     "full": dict(queries=128, d_model=768, layers=16, heads=12, batch=1024, max_channels=0, steps=None, lr=1e-4, val_windows=2048, probe_windows=10000,
-                 warmup=0.05, log_every=20, eval_every=1000, save_every=1000, probe_every=10000),
+                 warmup=0.05, log_every=20, eval_every=1000, save_every=1000, probe_epochs=5),
 }  # fmt: skip
-
-
-@dataclass
-class Part:
-    """Windows of one micro-batch, all of about the same number of channels, and what is hidden in them."""
-
-    x_BCT: torch.Tensor
-    positions_BC3: torch.Tensor
-    mask_BC: torch.Tensor | None  # None: every channel is good
-    masks: Masks
-
-    def good_patches(self, patch: int) -> torch.Tensor:
-        """The samples of all tokens of good channels."""
-        x_BCT = self.x_BCT if self.mask_BC is None else self.x_BCT[self.mask_BC]
-        return x_BCT.reshape(-1, patch)
-
-    def to(self, device: torch.device) -> "Part":
-        if device.type == "cpu":
-            return self
-        x, positions, mask = (
-            None if t is None else t.to(device, non_blocking=True)
-            for t in (self.x_BCT, self.positions_BC3, self.mask_BC)
-        )
-        return Part(x, positions, mask, self.masks.to(device))
 
 
 def choose_sampler(cfg: Config, windows: Windows):
@@ -140,99 +134,123 @@ def choose_sampler(cfg: Config, windows: Windows):
         raise Unusable(f"--sampler {cfg.sampler} --dataset-weights {' '.join(cfg.dataset_weights)}: {error}") from error
 
 
-def draw(windows: Windows, ids_B: np.ndarray, index_B: np.ndarray, cfg: Config, patch: int, step: int) -> list[Part]:
+def draw(
+    windows: Windows, ids_B: np.ndarray, index_B: np.ndarray, cfg: Config, micro: int, patch: int, step: int
+) -> list[Part]:
     """
-    Read windows and hide tokens: micro-batches by number of channels, so that a small montage is never padded to a large one.
+    Read windows in micro-batches and hide tokens of each.
 
     What happens to a window depends on (seed, step, its index in the global batch), not on how the batch is divided.
     """
     recording_B, start_B = windows.locate(ids_B)
-    channels_B = np.array([len(windows.cache.recordings[i].names) for i in recording_B])
-    if cfg.max_channels:
-        channels_B = np.minimum(channels_B, cfg.max_channels)
-    parts = []
-    for channels in np.unique(channels_B):
-        alike = np.flatnonzero(channels_B == channels)
-        for some in np.array_split(alike, -(-len(alike) // (cfg.micro or len(alike)))):
-            batch = windows.cache.read(recording_B[some], start_B[some], windows.samples)
-            kept_BC = choose_channels(batch.mask_BC, cfg.max_channels, cfg.seed, step, index_B[some])
-            x_BCT = take(batch.x_BCT, kept_BC)
-            positions_BC3, mask_BC = take(batch.positions_BC3, kept_BC), batch.mask_BC.gather(1, kept_BC)
-            shape = (
-                cfg.mask,
-                positions_BC3,
-                mask_BC,
-                windows.samples // patch,
-                cfg.mask_ratio,
-                cfg.mask_radius_m,
-                cfg.mask_patches,
-            )
-            masks = draw_masks(*shape, cfg.seed, step, index_B[some])
-            parts.append(Part(x_BCT, positions_BC3, None if mask_BC.all() else mask_BC, masks))
+    shape = (windows.samples, index_B, cfg.max_channels, micro, cfg.seed, step)
+    parts = read_parts(windows.cache, recording_B, start_B, *shape)
+    how = (cfg.mask_ratio, cfg.mask_radius_m, cfg.mask_patches, cfg.seed, step)
+    for part in parts:
+        good_BC = torch.ones(part.x_BCT.shape[:2], dtype=torch.bool) if part.mask_BC is None else part.mask_BC
+        patches = windows.samples // patch
+        part.masks = draw_masks(cfg.mask, part.positions_BC3, good_BC, patches, *how, part.index_B)
     return parts
 
 
 class JEPA(nn.Module):
-    """Context encoder and predictor: what the gradient goes to."""
+    """Context encoder, predictor and auxiliary heads: what the gradient goes to."""
 
-    def __init__(self, encoder: nn.Module, predictor_layers: int):
+    def __init__(self, encoder: nn.Module, predictor: str, predictor_layers: int, traits: list[Trait]):
         super().__init__()
         self.encoder = encoder
-        self.predictor = Predictor(encoder.architecture, predictor_layers)
-        self.register_buffer(
-            "centre_D", torch.zeros(encoder.architecture.d_model)
-        )  # moving mean of the teacher's features
+        self.predictor = Predictor(encoder.architecture, predictor_layers, predictor)
+        self.heads = AuxiliaryHeads(encoder.architecture.d_model, traits)
+        width = encoder.architecture.d_model
+        self.register_buffer("centre_D", torch.zeros(width))  # moving mean of the teacher's features
 
-    def forward(self, part: Part) -> torch.Tensor:
-        m, patches = part.masks, part.x_BCT.shape[2] // self.encoder.architecture.patch
+    def context(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of the visible tokens (B, K, D), and their mean over each window (B, D)."""
+        m = part.masks
         z_BKD = self.encoder(part.x_BCT, part.positions_BC3, None, m.context_BK, m.context_real_BK)
-        return self.predictor(z_BKD, part.positions_BC3, patches, m.context_BK, m.target_BM, m.context_real_BK)
+        return z_BKD, mean_of(z_BKD, m.context_real_BK)
+
+    def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the teacher makes of the hidden tokens, as told from the visible ones (B, M, D), and the window's mean (B, D)."""
+        m, patches = part.masks, part.x_BCT.shape[2] // self.encoder.architecture.patch
+        z_BKD, mean_BD = self.context(part)
+        places = (part.positions_BC3, patches, m.context_BK, m.target_BM, m.context_real_BK, m.target_real_BM)
+        return self.predictor(z_BKD, *places), mean_BD
 
 
-def jepa_loss(model: JEPA, teacher: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_of(z_BKD: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the real tokens of each window (B, D), float32."""
+    if real_BK is None:
+        return z_BKD.float().mean(1)
+    return (z_BKD.float() * real_BK[:, :, None]).sum(1) / real_BK.sum(1, keepdim=True)
+
+
+def jepa_loss(model: JEPA, teacher: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Loss summed over the real targets of all windows, and the teacher's features summed over all good tokens (D).
+    Latent loss of each window (B), the mean of its context's features (B, D), and that of the teacher's (B, D).
 
-    The step divides both by their number in the global batch.
+    A window's loss is the mean over its own targets, so that one of 129 electrodes counts no more than one of 19.
     """
     with torch.no_grad():
-        z_BND = teacher(part.x_BCT, part.positions_BC3, part.mask_BC).float()
+        z_BND = teacher(*part.signal).float()
         target_BMD = layer_normed(take(z_BND, part.masks.target_BM) - model.centre_D)
-        if part.mask_BC is not None:
-            z_BND = z_BND * part.mask_BC.repeat_interleave(z_BND.shape[1] // part.mask_BC.shape[1], 1)[:, :, None]
-    return loss_latent(model(part), target_BMD, part.masks.target_real_BM), z_BND.sum((0, 1))
+        level_BD = mean_of(z_BND, good_tokens(part, z_BND.shape[1]))
+    predicted_BMD, mean_BD = model(part)
+    return loss_latent(predicted_BMD, target_BMD, part.masks.target_real_BM), mean_BD, level_BD
+
+
+def good_tokens(part: Part, tokens: int) -> torch.Tensor | None:
+    """Which tokens (B, N) are of good channels; None: all."""
+    return None if part.mask_BC is None else part.mask_BC.repeat_interleave(tokens // part.mask_BC.shape[1], 1)
+
+
+def regularise(
+    model: JEPA, parts: list[Part], cfg: Config, dtype: str, ranks: Ranks, step: int
+) -> tuple[float, torch.Tensor]:
+    """
+    The collapse terms of the global batch, and their gradient by the mean features of its windows (batch, D).
+
+    They need all windows at once, which neither a rank nor a micro-batch has: features are made without a gradient first, and
+    the second pass takes each window's share of it (GradCache, Gao 2021). One more forward pass of the context; the sums are exact.
+    """
+    with torch.no_grad(), autocast(ranks.device.type, dtype):
+        mean_SD = torch.cat([model.context(part.to(ranks.device))[1] for part in parts])
+    order_S = torch.from_numpy(np.argsort(np.concatenate([p.index_B for p in parts]))).to(ranks.device)
+    z_BD = ranks.gather(mean_SD[order_S], cfg.batch).requires_grad_()
+    loss = cfg.vicreg * loss_vicreg(z_BD) + cfg.sigreg * loss_sigreg(z_BD, cfg.seed, step)
+    loss.backward()
+    return float(loss.detach()), z_BD.grad
 
 
 @torch.no_grad()
-def evaluate(model: JEPA, teacher: nn.Module, parts: list[Part], dtype: str) -> dict[str, float]:
+def evaluate(
+    model: JEPA, teacher: nn.Module, parts: list[Part], dtype: str, subject_B: np.ndarray, stimulus_B: np.ndarray
+) -> dict[str, float]:
     """Loss on held-out windows, and whether features still tell windows apart; the same windows and masks every time."""
     device = next(teacher.parameters()).device
-    losses, targets, cosines, agreements, features = 0.0, 0, 0.0, [], []
+    losses, cosines, agreements = [], [], []
+    z_BD = torch.empty(len(subject_B), model.centre_D.numel())
     for part in (p.to(device) for p in parts):
         with autocast(device.type, dtype):
-            z_BND = teacher(part.x_BCT, part.positions_BC3, part.mask_BC).float()
-            own_BND = model.encoder(part.x_BCT, part.positions_BC3, part.mask_BC).float()
-            predicted_BMD = model(part).float()
-        target_BMD, real_BM = (
-            layer_normed(take(z_BND, part.masks.target_BM) - model.centre_D),
-            part.masks.target_real_BM,
-        )
-        losses += float(loss_latent(predicted_BMD, target_BMD, real_BM))
-        targets += part.masks.targets
-        cosine_BM = F.cosine_similarity(predicted_BMD, target_BMD, dim=2)
-        cosines += float(cosine_BM.sum() if real_BM is None else cosine_BM[real_BM].sum())
-        good_BN1 = torch.ones_like(z_BND[:, :, :1])
-        if part.mask_BC is not None:
-            good_BN1 *= part.mask_BC.repeat_interleave(z_BND.shape[1] // part.mask_BC.shape[1], 1)[:, :, None]
-        features.append(((z_BND * good_BN1).sum(1) / good_BN1.sum(1)).cpu())
-        agreements.append(F.cosine_similarity(z_BND, own_BND, dim=2)[good_BN1[:, :, 0] > 0].cpu())
-    z_BD = torch.cat(features)
+            z_BND = teacher(*part.signal).float()
+            own_BND = model.encoder(*part.signal).float()
+            predicted_BMD, _ = model(part)
+        target_BMD = layer_normed(take(z_BND, part.masks.target_BM) - model.centre_D)
+        losses.append(loss_latent(predicted_BMD, target_BMD, part.masks.target_real_BM).cpu())
+        cosine_BM1 = F.cosine_similarity(predicted_BMD.float(), target_BMD, dim=2)[:, :, None]
+        cosines.append(mean_of(cosine_BM1, part.masks.target_real_BM).cpu())
+        good_BN = good_tokens(part, z_BND.shape[1])
+        agreements.append(mean_of(F.cosine_similarity(z_BND, own_BND, dim=2)[:, :, None], good_BN).cpu())
+        z_BD[part.index_B] = mean_of(z_BND, good_BN).cpu()
+    by_subject, by_stimulus = variance_shares(z_BD, subject_B, stimulus_B)
     return {
-        "val_loss": losses / targets,
+        "val_loss": float(torch.cat(losses).mean()),
         "feature_rank": effective_rank(z_BD),
         "feature_std": feature_std(z_BD),
         "teacher_cosine": float(torch.cat(agreements).mean()),
-        "predicted_cosine": cosines / targets,
+        "predicted_cosine": float(torch.cat(cosines).mean()),
+        "subject_share": by_subject,
+        "stimulus_share": by_stimulus,
     }
 
 
@@ -249,9 +267,24 @@ def check(cfg: Config, window: int, patch: int) -> None:
     for name in "batch mask_patches predictor_layers lr clip log_every val_windows probe_windows steps epochs".split():
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
-    for name in "micro max_channels eval_every save_every probe_every mask_radius_m weight_decay seed".split():
+    names = "micro max_channels eval_every save_every probe_epochs mask_radius_m weight_decay seed keep"
+    for name in f"{names} aux_weight vicreg sigreg".split():
         if getattr(cfg, name) < 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
+    if cfg.batch == 1 and (cfg.vicreg or cfg.sigreg):
+        raise Unusable("--vicreg and --sigreg compare windows: they need a --batch of at least two")
+
+
+def start_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
+    """The encoder to train and the lineage of the file it comes from. Raises Unusable."""
+    if cfg.init:
+        encoder, init = load_encoder(cfg.init, cache)
+        return encoder, inherited(init, cfg.init)
+    patch = round(cfg.patch_s * cache.rate_hz)
+    if patch != cfg.patch_s * cache.rate_hz:
+        raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
+    return build_encoder(Architecture(*sizes)), []
 
 
 def main(cfg: Config) -> dict | None:
@@ -261,104 +294,132 @@ def main(cfg: Config) -> dict | None:
         raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
     cache = Cache(*cfg.cache)
     torch.manual_seed(cfg.seed)
-    lineage: list[dict] = []
-    if cfg.init:
-        encoder, init = load_encoder(cfg.init, cache)
-        lineage = [*init["lineage"], {"file": cfg.init, "run": init["run"], "step": init["step"]}]
-    else:
-        patch = round(cfg.patch_s * cache.rate_hz)
-        if patch != cfg.patch_s * cache.rate_hz:
-            raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
-        sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
-        encoder = build_encoder(Architecture(*sizes))
+    encoder, lineage = start_encoder(cfg, cache)
     patch = encoder.architecture.patch
     train = cache.windows("train", cfg.window_s, cfg.stride_s)
     check(cfg, train.samples, patch)
     held_out = "val" if any(r.split == "val" for r in cache.recordings) else "train"
     val = cache.windows(held_out, cfg.window_s, cfg.stride_s)
+    rows = [i for i, r in enumerate(cache.recordings) if r.split == "train"]
+    traits = read_traits(cache, cfg.aux, rows)
+    trait_RK = trait_values(cache, traits)
+    check_leak(lineage, [r.subject for r in cache.recordings if r.split == "val"], (), cfg.allow_leak)
+    told = () if cfg.allow_leak else (*auxiliary_targets(lineage), *(t.name for t in traits))  # not to be probed
     sampler, share = choose_sampler(cfg, train), ranks.share(cfg.batch)
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
+    steps = cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
     warmup = max(1, round(cfg.warmup * steps))
+    period, probe_every = (steps_of(epochs, len(train), cfg.batch) for epochs in (RESTART_EPOCHS, cfg.probe_epochs))
 
     run = Run(cfg, __file__, ranks)
     if not cfg.init:
-        parts = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, patch, 0)
+        parts = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, patch, 0)
         encoder.embed.calibrate(torch.cat([p.good_patches(patch) for p in parts]))
-    model = JEPA(encoder.train(), cfg.predictor_layers).to(device)
+    model = JEPA(encoder.train(), cfg.predictor, cfg.predictor_layers, traits).to(device)
     teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()
-    parameters = list(model.parameters())
+    modules, parameters = {"model": model, "teacher": teacher}, list(model.parameters())
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), lr=cfg.lr, fused=True)
-    state = {"step": 0, "dtype": None, "skipped": 0, "in_a_row": 0, "recent": [], "probe_protocol": {}}
+    state = {"step": 0, "dtype": None, "recent": [], "untrained": {}, "probe_protocol": {}, "best": []}
+    state |= recovery.fresh(cfg.micro)
     if cfg.resume:
-        state |= run.restore({"model": model, "teacher": teacher}, optimizer)
+        state |= run.restore(modules, optimizer)
 
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:16]
-        part = draw(train, sampler.ids(0)[some], some, cfg, patch, 0)[0].to(device)
+        part = draw(train, sampler.ids(0)[some], some, cfg, cfg.micro, patch, 0)[0].to(device)
         state["dtype"] = choose_dtype(cfg.dtype, trial(model, teacher, part), ranks)
     loss_of = torch.compile(jepa_loss) if cfg.compile else jepa_loss
+    meta = signal_meta(cache) | {"window_s": cfg.window_s, "run": run.name, "lineage": lineage}
+    meta |= trained_on(cache, rows, [t.name for t in traits])
     if ranks.first:
         ids = np.linspace(0, len(val) - 1, min(cfg.val_windows, len(val))).astype(np.int64)
-        val_parts = draw(val, ids, np.arange(len(ids)), cfg, patch, EVAL_STEP)
-        probe = Probe(cache, cfg.window_s, cfg.stride_s, cfg.probe_windows)
-    if ranks.first and state["step"] == 0:  # what the untrained encoder gives is a baseline too
-        values = evaluate(model, teacher, val_parts, state["dtype"])
-        run.log(0, **values, **probe.score(encode_by(teacher, state["dtype"])))
+        val_parts = draw(val, ids, np.arange(len(ids)), cfg, cfg.micro, patch, EVAL_STEP)
+        groups = [cache.recordings[i].subject for i in val.locate(ids)[0]], stimuli(val, ids)
+        probe = Probe(cache, cfg.window_s, cfg.stride_s, cfg.probe_windows, cfg.max_channels, told)
+    if not state["untrained"]:  # what the untrained encoder gives is a baseline too, and a state to go back to
+        values = evaluate(model, teacher, val_parts, state["dtype"], *groups) if ranks.first else {}
+        state["untrained"] = ranks.agree({name: values.get(name) for name in ("feature_rank", "feature_std")})
+        if ranks.first:
+            run.log(0, **values, **probe.score(encode_by(teacher, state["dtype"])))
+        run.save(state, modules, optimizer)
+    cost = StepCost(lambda part: jepa_loss(model, teacher, part.to(device))[0], model)
+    rate = matmul_rate(DTYPES[state["dtype"]], device)
 
-    loader = Prefetch(lambda s: draw(train, sampler.ids(s)[share], share, cfg, patch, s), state["step"], steps)
+    def batch_of(step: int) -> list[Part]:
+        return draw(train, sampler.ids(step)[share], share, cfg, state["micro"], patch, step)
+
+    loader = Prefetch(batch_of, state["step"], steps)
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
-    pace = Pace(device)
-    for step in range(state["step"], steps):
+    pace, regularised_step, regularised, pull_BD = Pace(device), -1, 0.0, None
+    for step, parts in loader:
         began = time.perf_counter()
-        lr = warmup_cosine(step, steps, cfg.lr, warmup)
+        optimizer.zero_grad(set_to_none=True)
+        cosine = cfg.schedule == "cosine"
+        lr = warmup_cosine(step, steps, cfg.lr, warmup) if cosine else warm_restarts(step, period, cfg.lr, warmup)
+        lr *= state["lr_scale"]
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        parts, loss_sum, z_sum_D = loader.next(), torch.zeros((), device=device), torch.zeros_like(model.centre_D)
-        for part in (p.to(device) for p in parts):
-            with autocast(device.type, state["dtype"]):
-                loss, z_D = loss_of(model, teacher, part)
-            loss.backward()
-            loss_sum += loss.detach()
-            z_sum_D += z_D
-        targets, tokens = (sum(getattr(p.masks, name) for p in parts) for name in ("targets", "tokens"))
-        # divided once, by the targets of the global batch: neither ranks nor micro-batches change what a token counts
-        gradients = [p.grad for p in parameters]
-        loss_sum, targets, tokens, stop = ranks.sum([*gradients, z_sum_D], [loss_sum, targets, tokens, run.stop])
-        torch._foreach_div_(gradients, targets)
+            group["lr"] = lr * group["scale"]
+        known_K = known_labels(trait_RK, train.locate(sampler.ids(step))[0])  # in the global batch
+        sums_2, level_D = torch.zeros(2, device=device), torch.zeros_like(model.centre_D)
+        try:
+            if (cfg.vicreg or cfg.sigreg) and regularised_step != step:  # once, as all ranks take part
+                regularised, pull_BD = regularise(model, parts, cfg, state["dtype"], ranks, step)
+                regularised_step = step
+            for part in (p.to(device) for p in parts):
+                with autocast(device.type, state["dtype"]):
+                    latent_B, mean_BD, level_BD = loss_of(model, teacher, part)
+                    aux = model.heads.loss(mean_BD, trait_RK[part.recording_B].to(device), known_K)
+                latent = latent_B.sum() / cfg.batch
+                pulled = 0.0 if pull_BD is None else (mean_BD * pull_BD[part.index_B]).sum()
+                (latent + cfg.aux_weight * aux + pulled).backward()
+                sums_2 += torch.stack([latent, aux]).detach()
+                level_D += level_BD.sum(0) / cfg.batch
+        except RuntimeError as error:  # out of memory, or raised again
+            recovery.halve(error, run, state, max(len(p.x_BCT) for p in parts))
+            loader.seek(step)
+            continue
+        tokens = sum(p.masks.tokens for p in parts)
+        latent, aux, tokens, stop = ranks.sum([*(p.grad for p in parameters), level_D], [*sums_2, tokens, run.stop])
+        loss = latent + cfg.aux_weight * aux + regularised
         norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
-        if math.isfinite(loss_sum) and math.isfinite(norm):
+        if recovery.sound(state, loss, norm):
             optimizer.step()
             ema_update(teacher, model.encoder, ema_momentum(step, steps, cfg.ema))
-            model.centre_D.lerp_(z_sum_D / tokens, 0.1 if step else 1.0)
-            state["recent"].append((loss_sum / targets, norm))
-            state["in_a_row"] = 0
-        else:  # never stepped on
-            state["skipped"] += 1
-            state["in_a_row"] += 1
-        optimizer.zero_grad(set_to_none=True)
+            model.centre_D.lerp_(level_D, 0.1 if step else 1.0)
+            state["recent"].append((loss, norm, latent, aux, regularised))
+        elif recovery.skip(run, state, loss, norm, sampler.ids(step).tolist()):
+            recovery.go_back(run, state, modules, optimizer)
+            loader.seek(state["step"])
+            bar.update(state["step"] - step)
+            continue
         pace.add(began, cfg.batch, tokens)
         bar.update()
 
         state["step"] = done = step + 1
-        last, values = done == steps, {}
+        last, values, alarm = done == steps, {}, None
         if ranks.first and (last or due(done, cfg.eval_every)):
-            values |= evaluate(model, teacher, val_parts, state["dtype"])
-        if ranks.first and (last or due(done, cfg.probe_every)):
+            values |= evaluate(model, teacher, val_parts, state["dtype"], *groups)
+            alarm = collapsed(values, state["untrained"])
+            if path := run.among_best(state, values["val_loss"], cfg.keep):
+                save_encoder(path, teacher, meta | {"step": done})
+        if ranks.first and (last or due(done, probe_every)):
             values |= probe.score(encode_by(teacher, state["dtype"]))
             state["probe_protocol"] = probe.protocol
         if values or last or due(done, cfg.log_every):
-            loss, norm = np.mean(state["recent"] or [(math.nan, math.nan)], axis=0).tolist()
+            means = np.mean(state["recent"] or [(math.nan,) * 5], axis=0).tolist()
+            names = ("loss", "grad_norm", "loss_latent", "loss_aux", "loss_regularised")
             state["recent"] = []
-            skipped = state["skipped"]
-            run.log(done, loss=loss, lr=lr, grad_norm=norm, skipped=skipped, **values, **pace.take(loader))
+            counts = {name: state[name] for name in ("skipped", "rollbacks")} | ({"alarm": alarm} if alarm else {})
+            speed = pace.take(loader, sum(map(cost, parts)) / rate)
+            run.log(done, **dict(zip(names, means, strict=True)), lr=lr, **counts, **values, **speed)
             watched = {k: f"{values[k]:.3g}" for k in ("val_loss", "feature_rank") if k in values}
-            bar.set_postfix(loss=f"{loss:.4f}", **watched)
-        if last or stop or due(done, cfg.save_every):
-            run.save(state, {"model": model, "teacher": teacher}, optimizer)
-        if state["in_a_row"] == MOST_SKIPPED:
-            raise Failed(
-                f"no finite gradient in {MOST_SKIPPED} steps up to {done}: lower --lr {cfg.lr:g} or check the data"
-            )
+            bar.set_postfix(loss=f"{means[0]:.4f}", **watched)
+        if alarm:
+            run.say(f"COLLAPSE at step {done}: {alarm}. Lower --lr, raise --ema, or add --vicreg or --sigreg")
+        on_time = last or due(done, cfg.save_every)
+        if last or (on_time or stop) and not state["streak"]:
+            run.save(state, modules, optimizer, on_time)
+        if cfg.collapse == "stop" and due(done, cfg.eval_every) and ranks.agree(alarm):
+            raise Failed(f"features collapsed at step {done}, see alarm in {run.directory}/log.jsonl")
         if stop and not last:
             go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
             raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
@@ -368,8 +429,9 @@ def main(cfg: Config) -> dict | None:
     results = None
     if ranks.first:
         lines = run.lines()
-        meta = signal_meta(cache) | {"window_s": cfg.window_s, "run": run.name, "step": steps, "lineage": lineage}
-        save_encoder(run.directory / "encoder.safetensors", teacher, meta)
+        save_encoder(run.directory / "encoder.safetensors", teacher, meta | {"step": steps})
+        if traits:
+            save_heads(run.directory / "traits.safetensors", model.heads, meta | {"step": steps})
         plot.curves(lines, run.directory / "curves.png")
         results = report(run, lines, state, sum(p.numel() for p in teacher.parameters()))
     run.close()
@@ -382,8 +444,8 @@ def trial(model: JEPA, teacher: nn.Module, part: Part) -> Callable[[str], None]:
 
     def work(dtype: str) -> None:
         with autocast(part.x_BCT.device.type, dtype):
-            loss, _ = jepa_loss(model, teacher, part)
-        loss.backward()
+            loss_B, _, _ = jepa_loss(model, teacher, part)
+        loss_B.sum().backward()
 
     return work
 
@@ -404,7 +466,17 @@ def encode_by(teacher: nn.Module, dtype: str) -> Callable[[Batch], torch.Tensor]
 def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
     """What the command prints: the last line of the log, and the probe of the untrained encoder from the first."""
     first, final = lines[0], lines[-1]
-    keys = ("loss", "val_loss", "feature_rank", "feature_std", "teacher_cosine", "predicted_cosine", "skipped")
+    keys = (
+        "loss",
+        "loss_latent",
+        "loss_aux",
+        "loss_regularised",
+        "val_loss",
+        "feature_rank",
+        "feature_std",
+        "teacher_cosine",
+    )
+    keys += ("predicted_cosine", "subject_share", "stimulus_share", "skipped", "rollbacks", "alarm")
     metrics = {k: v for k, v in final.items() if k in keys or k.startswith("probe_")}
     probes = (k for k in first if k.startswith("probe_") and not k.endswith(("_bandpower", "_chance")))
     metrics |= {f"{k}_untrained": first[k] for k in probes}

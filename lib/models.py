@@ -1,11 +1,11 @@
 """
-The encoder on (channel, time patch) tokens, the JEPA predictor, and encoders as files.
+The encoder on (channel, time patch) tokens, and encoders as files.
 
 No parameter depends on a montage: a token knows its electrode by 3-D position and its patch by time in seconds. Token n of a
 window is patch n % P of channel n // P.
 
 Shape letters: B windows, C channels, T samples, S samples of a patch, P patches per channel, N = C * P tokens, K tokens seen,
-M tokens asked for, D width, H heads, F frequencies.
+D width, H heads, F frequencies.
 """
 
 import math
@@ -215,40 +215,6 @@ class Encoder(nn.Module):
 
 
 ADAPTERS = {"none": lambda encoder: encoder, "perceiver": Perceiver, "nearest": Nearest}
-
-
-class Predictor(nn.Module):
-    """
-    Guesses the teacher's features at the target tokens: one query per target, which is all about its place, attends to the context.
-
-    Narrower than the encoder on purpose: a predictor that could do the encoder's work would leave it none (Assran 2023).
-    """
-
-    def __init__(self, architecture: Architecture, layers: int):
-        super().__init__()
-        a = architecture
-        d = a.d_model // 2
-        self.narrow = nn.Linear(a.d_model, d)
-        self.place = Places(d, a.patch / a.rate_hz)
-        self.query_D = nn.Parameter(0.02 * torch.randn(d))
-        self.blocks = nn.ModuleList(Block(d, max(1, a.heads // 2), layers) for _ in range(layers))
-        self.norm = nn.LayerNorm(d)
-        self.out = nn.Linear(d, a.d_model)
-
-    def forward(
-        self,
-        z_BKD: torch.Tensor,
-        positions_BC3: torch.Tensor,
-        patches: int,
-        context_BK: torch.Tensor,
-        target_BM: torch.Tensor,
-        context_real_BK: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        seen_BKD = self.narrow(z_BKD) + self.place(positions_BC3, patches, context_BK)
-        q_BMD = self.query_D + self.place(positions_BC3, patches, target_BM)
-        for block in self.blocks:
-            q_BMD = block(q_BMD, context_real_BK, seen_BKD)
-        return self.out(self.norm(q_BMD))
 
 
 def build_encoder(architecture: Architecture) -> nn.Module:

@@ -170,11 +170,12 @@ class Nearest(nn.Module):
         placed_BC1 = positions_BC3.isfinite().all(2, keepdim=True)
         xyz_BC3 = torch.where(placed_BC1, positions_BC3, 0.0)
         place_BC = torch.cdist(xyz_BC3, self.xyz_Q3.expand(B, -1, -1)).argmin(2)
-        one_BQC = (F.one_hot(place_BC, len(self.xyz_Q3)) * placed_BC1).transpose(1, 2).float()
-        ones_BCP = x_BCT.new_ones(B, C, P) if grid.seen_BCP is None else grid.seen_BCP.float()
-        with torch.autocast(x_BCT.device.type, enabled=False):  # samples keep the digits that a bare encoder gets
-            sum_BQPS = (one_BQC @ grid.spread(x_BNS).flatten(2)).unflatten(2, (P, -1))
-            mean_BQT = (sum_BQPS / (one_BQC @ ones_BCP).clamp_min(1)[..., None]).flatten(2)
+        one_BQC = (
+            (F.one_hot(place_BC, len(self.xyz_Q3)) * placed_BC1).transpose(1, 2).double()
+        )  # autocast leaves it alone
+        ones_BCP = one_BQC.new_ones(B, C, P) if grid.seen_BCP is None else grid.seen_BCP.double()
+        sum_BQPS = (one_BQC @ grid.spread(x_BNS).flatten(2).double()).unflatten(2, (P, -1))
+        mean_BQT = (sum_BQPS / (one_BQC @ ones_BCP).clamp_min(1)[..., None]).flatten(2).float()
         y_BNX = self.encoder(mean_BQT, self.xyz_Q3.expand(B, -1, -1))
         y_BCPD = take(y_BNX.unflatten(1, (-1, P)).flatten(2), place_BC).unflatten(2, (P, -1)) * placed_BC1[..., None]
         return grid.collect(y_BCPD)

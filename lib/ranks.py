@@ -1,5 +1,7 @@
 """
 One process or several: who this one is (torchrun's environment), and sums over all of them. gloo on CPUs, NCCL on GPUs.
+
+Shape letters: S windows of this process, B windows of the global batch, D width.
 """
 
 import os
@@ -40,6 +42,42 @@ class Ranks:
             for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(total.view_as(t))
         return sums.tolist()
+
+    @torch.no_grad()
+    def gather(self, z_SD: torch.Tensor, batch: int) -> torch.Tensor:
+        """
+        Features (B, D) of all windows of the global batch, in its order, from those of each process's `share`; float32, no gradient.
+
+        For losses that need all windows at once: see `gradient`.
+        """
+        assert len(z_SD) == len(self.share(batch)), (
+            f"{len(z_SD)} windows of process {self.rank}, not {self.share(batch)}"
+        )
+        z_SD = z_SD.detach().float()
+        if self.world == 1:
+            return z_SD
+        own_SD = z_SD.new_zeros(
+            -(-batch // self.world), z_SD.shape[1]
+        )  # shares differ by one window, messages must not
+        own_SD[: len(z_SD)] = z_SD
+        parts = [torch.empty_like(own_SD) for _ in range(self.world)]
+        dist.all_gather(parts, own_SD)
+        return torch.stack(parts, 1).flatten(0, 1)[:batch]  # window b is number b // world of process b % world
+
+    def gradient(self, loss: torch.Tensor, z_BD: torch.Tensor) -> torch.Tensor:
+        """
+        Gradient (B, D) of a loss that every process computed from the same gathered `z_BD`, which must require one.
+
+        Its rows of own windows go through the encoder in a second forward pass, (z_SD * g_SD).sum().backward() (GradCache, Gao 2021).
+        Parameters of the loss itself (a temperature, a projection) get their share, so that `sum` makes their gradient whole.
+        """
+        (loss / self.world).backward()
+        return z_BD.grad * self.world
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
 
     def agree(self, value):
         """The first process's value, everywhere."""

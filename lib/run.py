@@ -1,15 +1,19 @@
 """
 A training run's directory: what was run, its log, and the state from which it goes on as if it had never stopped.
 
-    runs/NAME/config.json        every flag
-    runs/NAME/command.txt        the command lines and git revisions that wrote it, one per start
-    runs/NAME/code/              the script and lib/ as they were
-    runs/NAME/log.jsonl          one JSON object per line, the same keys in all phases
-    runs/NAME/state.safetensors  everything needed to resume; written whole or not at all
+    runs/NAME/config.json                  every flag
+    runs/NAME/command.txt                  the command lines and git revisions that wrote it, one per start
+    runs/NAME/code/                        the script and lib/ as they were
+    runs/NAME/log.jsonl                    one JSON object per line, the same keys in all phases; events have `event`
+    runs/NAME/state.safetensors            everything needed to resume; written whole or not at all, verified when read
+    runs/NAME/state.previous.safetensors   the one before: used if the newest is damaged, or was bad already
+    runs/NAME/state.stopped.safetensors    where a signal ended the run, until the next save
+    runs/NAME/best/step-000400.safetensors the best checkpoints by validation loss
 """
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shlex
@@ -26,15 +30,16 @@ import torch
 from torch import nn
 
 from lib.command import json_line
-from lib.errors import Unusable
+from lib.errors import Failed, Unusable
 from lib.prefetch import Prefetch
 from lib.ranks import Ranks
-from lib.store import write_atomic
+from lib.store import DISK_FULL, write_atomic
 from lib.tensors import load_tensors, save_tensors
+from lib.tracker import Tracker, check_tracker
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 # keys of log.jsonl that depend on the clock and the machine; all others are the same however often a run was resumed
-MEASURED = ("seconds", "windows_per_s", "tokens_per_s", "loader_wait", "memory_mb")
+MEASURED = ("seconds", "windows_per_s", "tokens_per_s", "loader_wait", "matmul_share", "memory_mb")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class RunConfig:
     log_every: int = 10  # steps per line of log.jsonl
     eval_every: int = 100  # steps between validations; 0: only at the end
     save_every: int = 100  # steps between saves of the state
-    probe_every: int = 0  # steps between linear probes; 0: only before the first step and at the end
+    probe_epochs: float = 0.0  # epochs between linear probes; 0: only before the first step and at the end
+    wandb: str | None = None  # project of Weights & Biases to log to as well; needs pip install -e '.[wandb]'
 
 
 def saved_config(cfg: RunConfig) -> RunConfig:
@@ -79,27 +85,35 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def steps_of(epochs: float, windows: int, batch: int) -> int:
+    """Steps of `batch` windows in so many passes over `windows` of them: at least one, but none for no epochs."""
+    return max(1, round(epochs * windows / batch)) if epochs else 0
+
+
 class Pace:
     """Speed since the last line of the log, evaluation and saving left out."""
 
     def __init__(self, device: torch.device):
-        self.device, self.busy_s, self.windows, self.tokens = device, 0.0, 0, 0.0
+        self.device, self.busy_s, self.steps, self.windows, self.tokens = device, 0.0, 0, 0, 0.0
 
     def add(self, began: float, windows: int, tokens: float) -> None:
-        """Count a step that began at `began` (time.perf_counter)."""
+        """Count a step that began, with its batch at hand, at `began` (time.perf_counter)."""
         self.busy_s += time.perf_counter() - began
+        self.steps += 1
         self.windows += windows
         self.tokens += tokens
 
-    def take(self, loader: Prefetch) -> dict[str, float]:
-        """The numbers for the log; counting starts anew."""
+    def take(self, loader: Prefetch, ideal_s: float) -> dict[str, float]:
+        """The numbers for the log, `ideal_s` being what the last step's matrix products take by themselves; counting starts anew."""
+        seconds = self.busy_s + loader.waited_s
         numbers = {
-            "windows_per_s": round(self.windows / self.busy_s, 1),
-            "tokens_per_s": round(self.tokens / self.busy_s),
-            "loader_wait": round(loader.waited_s / self.busy_s, 4),  # share of the time
+            "windows_per_s": round(self.windows / seconds, 1),
+            "tokens_per_s": round(self.tokens / seconds),
+            "loader_wait": round(loader.waited_s / seconds, 4),  # share of the time
+            "matmul_share": round(ideal_s * self.steps / seconds, 4),  # of the measured rate of matrix products
             "memory_mb": self._memory_mb(),
         }
-        self.busy_s, self.windows, self.tokens, loader.waited_s = 0.0, 0, 0.0, 0.0
+        self.busy_s, self.steps, self.windows, self.tokens, loader.waited_s = 0.0, 0, 0, 0.0, 0.0
         return numbers
 
     def _memory_mb(self) -> int:
@@ -114,11 +128,11 @@ class Run:
     """
     The directory of one run. Only the first rank writes; every rank reads when resuming.
 
-    Raises Unusable if the directory holds a run and neither --resume nor --overwrite was given.
+    Raises Unusable if the directory holds a run and neither --resume nor --overwrite was given, or --wandb isn't installed.
     """
 
     def __init__(self, cfg: RunConfig, script: str, ranks: Ranks):
-        self.ranks, self.stop = ranks, False
+        self.ranks, self.stop, self._saved, self._lines = ranks, False, None, 0
         self.started = time.perf_counter()
         directory = self.problem = None
         if ranks.first:  # an error must reach all ranks, or the others would wait for ever
@@ -131,10 +145,16 @@ class Run:
             raise Unusable(self.problem)
         self.directory: Path = directory
         self.name = directory.name
+        names = ("state.stopped.safetensors", "state.safetensors", "state.previous.safetensors")
+        self._stopped, self._newest, self._previous = (self.directory / name for name in names)
         self._log = open(self.directory / "log.jsonl", "a", encoding="utf-8") if ranks.first else None
+        tracked = cfg.wandb and ranks.first
+        self._tracker = Tracker(cfg.wandb, self.directory, dataclasses.asdict(cfg)) if tracked else None
         self._handlers = {n: signal.signal(n, self._interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _prepare(self, cfg: RunConfig, script: Path) -> Path:
+        if cfg.wandb:
+            check_tracker()
         directory = _directory(cfg, script)
         if not cfg.resume:
             if cfg.overwrite and (directory / "config.json").exists():  # never a directory that isn't a run
@@ -175,60 +195,152 @@ class Run:
     def log(self, step: int, **values) -> None:
         """Append a line to log.jsonl."""
         if self.ranks.first:
-            self._log.write(json_line({"step": step, **values, "seconds": round(self.seconds(), 3)}) + "\n")
+            line = {"step": step, **values, "seconds": round(self.seconds(), 3)}
+            self._log.write(json_line(line) + "\n")
             self._log.flush()
+            self._lines += 1
+            if self._tracker:
+                self._tracker.log(line)
 
     def lines(self) -> list[dict]:
         """What log.jsonl holds; a line that a kill cut short is left out."""
         lines = (self.directory / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def save(self, state: dict, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        """Write the state of the run; `state` is JSON and has `step`, the number of steps done."""
+    def among_best(self, state: dict, loss: float, most: int) -> Path | None:
+        """
+        Where to write a checkpoint of validation loss `loss`, or None if `most` checkpoints are better; `state` has them as `best`.
+
+        Those that drop out are deleted by the next `save`, when nothing can go back to a state that names them.
+        """
+        mine = [loss, state["step"]]
+        ranked = sorted([*state["best"], mine])[:most]
+        if not math.isfinite(loss) or mine not in ranked:
+            return None
+        state["best"] = ranked
+        (self.directory / "best").mkdir(exist_ok=True)
+        return self._best(state["step"])
+
+    def _best(self, step: int) -> Path:
+        return self.directory / "best" / f"step-{step:06d}.safetensors"
+
+    def save(
+        self, state: dict, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, on_time: bool = True
+    ) -> None:
+        """
+        Write the state of the run; `state` is JSON and has `step`, the number of steps done. Raises Failed if the disk is full.
+
+        What a signal makes save is not `on_time`: it is resumed from but never rolled back to, because a run must end alike
+        whether it was stopped or not.
+        """
         if not self.ranks.first:
             return
         os.fsync(self._log.fileno())  # the state must never be ahead of the log
         tensors = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": t for key, t in values.items()}
-        save_tensors(self.directory / "state.safetensors", tensors, state)
+        if on_time and self._newest.exists() and self._saved < state["step"]:
+            os.replace(self._newest, self._previous)
+        if on_time:
+            self._stopped.unlink(missing_ok=True)
+        try:
+            save_tensors(self._newest if on_time else self._stopped, tensors, {"state": state, "lines": self._lines})
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise Failed(f"no space to save {self.directory}: make some, and go on with --resume") from error
+        if on_time:
+            self._saved = state["step"]
+            kept = {self._best(step) for _, step in state.get("best", [])}
+            for path in set((self.directory / "best").glob("step-*.safetensors")) - kept:
+                path.unlink()
 
     def restore(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
         """
-        Load what `save` wrote, cut the log back to it, and return its `state`; {"step": 0} if nothing was saved yet.
+        Load the newest state, cut the log back to it, and return what was given to `save`; {"step": 0} if nothing was saved yet.
 
-        Raises Unusable for a damaged state, or one that doesn't fit the model.
+        Raises Unusable if no state is whole, or if it doesn't fit the model.
         """
-        path, state = self.directory / "state.safetensors", {"step": 0}
-        if path.exists():
-            tensors, state = load_tensors(path)
-            try:
-                for name, module in modules.items():
-                    own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-                    module.load_state_dict(own)
-            except RuntimeError as error:
-                raise Unusable(f"{path} doesn't fit this model: {str(error).splitlines()[-1].strip()}") from error
-            moments: dict[int, dict] = {}
-            for key, t in tensors.items():
-                if key.startswith("optimizer."):
-                    _, index, name = key.split(".")
-                    moments.setdefault(int(index), {})[name] = t
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        label = self._load((self._stopped, self._newest, self._previous), math.inf, modules, optimizer)
+        state, lines = (label["state"], label["lines"]) if label else ({"step": 0}, 0)
         if self.ranks.first:
-            kept = [line for line in self.lines() if line["step"] <= state["step"]] if path.exists() else []
+            kept = self.lines()[:lines]
             self._log.close()
             write_atomic(self.directory / "log.jsonl", "".join(json_line(line) + "\n" for line in kept).encode())
-            self._log = open(self.directory / "log.jsonl", "a", encoding="utf-8")
+            self._log, self._lines = open(self.directory / "log.jsonl", "a", encoding="utf-8"), lines
         self.say(f"resuming {self.directory} at step {state['step']}")
         return state
+
+    def go_back(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, before: int) -> dict:
+        """
+        Load the newest state saved on time after fewer than `before` steps, or the oldest there is; the log is kept.
+
+        Raises Unusable as `restore`. For lib.recovery, which saves at once, so that the steps in between are never resumed from.
+        """
+        label = self._load((self._newest, self._previous), before, modules, optimizer)
+        assert label, f"nothing was saved in {self.directory}: save before the first step"
+        return label["state"]
+
+    def _load(
+        self, paths: tuple[Path, ...], before: float, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+    ) -> dict | None:
+        """Fill modules and optimizer from the first file that is whole and of fewer than `before` steps, and drop the newer ones."""
+        label, problems = None, []
+        for path in (p for p in paths if p.exists()):
+            try:
+                tensors, label = load_tensors(path)
+            except Unusable as error:
+                problems.append(str(error))
+                continue
+            used = path
+            if label["state"]["step"] < before:
+                break
+        if label is None and problems:
+            raise Unusable("; ".join(problems))
+        if self.ranks.agree(label) != label:
+            raise Failed(f"the processes read different states in {self.directory}")
+        if label is None:
+            return None
+        for problem in problems:
+            self.say(f"{problem.split(';')[0]}: going on from {used.name}, step {label['state']['step']}")
+        _fill(modules, optimizer, tensors, used)
+        self.ranks.wait()  # until all have read it
+        if self.ranks.first:
+            states = (self._stopped, self._newest, self._previous)
+            for path in states[: states.index(used)]:
+                path.unlink(missing_ok=True)
+            if used == self._previous:
+                os.replace(used, self._newest)
+        self._saved = label["state"]["step"]
+        if "best" in label["state"]:  # those of an older state may be gone
+            label["state"]["best"] = [b for b in label["state"]["best"] if self._best(b[1]).exists()]
+        return label
 
     def close(self) -> None:
         """Close the log, give signals back, and leave the process group."""
         if self._log:
             self._log.close()
+        if self._tracker:
+            self._tracker.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.ranks.close()
+
+
+def _fill(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, tensors: dict, path: Path) -> None:
+    """Load what `save` wrote. Raises Unusable if it doesn't fit."""
+    try:
+        for name, module in modules.items():
+            own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            module.load_state_dict(own)
+    except RuntimeError as error:
+        raise Unusable(f"{path} doesn't fit this model: {str(error).splitlines()[-1].strip()}") from error
+    moments: dict[int, dict] = {}
+    for key, t in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = t
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _phase(script: str | Path) -> str:

@@ -7,17 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lib.batches import Part
 from lib.channels import POSITIONS, PROFILES
 from lib.errors import Unusable
 from lib.fno import Spectral, fourier_basis
 from lib.grid import Grid, Pool, take
 from lib.hybrid import Attend
-from lib.losses import layer_normed
+from lib.losses import layer_normed, loss_latent
 from lib.mamba import Scan, selective_scan
 from lib.masks import draw_masks
-from lib.models import Architecture, Predictor, build_encoder, load_encoder, save_encoder
+from lib.models import Architecture, build_encoder, load_encoder, save_encoder
 from lib.optim import decay_groups
 from lib.perceiver import MONTAGE, Across, spread_montage
+from lib.predictor import Predictor
 
 SMALL = dict(d_model=32, layers=2, heads=4, patch=25, rate_hz=100.0)
 KINDS = {
@@ -130,7 +132,7 @@ def test_electrodes_without_a_position(encoder):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradient_reaches_every_parameter(encoder, masked):
-    from train_jepa import JEPA, Part, jepa_loss
+    from train_jepa import JEPA, jepa_loss
 
     x_BCT, positions_BC3 = windows(4, 9)
     positions_BC3[:, 8] = torch.nan
@@ -138,8 +140,9 @@ def test_gradient_reaches_every_parameter(encoder, masked):
     if masked:
         mask_BC[1, 5:] = mask_BC[2, 3:] = False
     masks = draw_masks("spatiotemporal", positions_BC3, mask_BC, 4, 0.6, 0.09, 2, 0, 0, np.arange(4))
-    model, teacher = JEPA(encoder, 2), copy.deepcopy(encoder).requires_grad_(False)
-    jepa_loss(model, teacher, Part(x_BCT, positions_BC3, mask_BC if masked else None, masks))[0].backward()
+    model, teacher = JEPA(encoder, "prelocal", 2, []), copy.deepcopy(encoder).requires_grad_(False)
+    part = Part(x_BCT, positions_BC3, mask_BC if masked else None, np.arange(4), np.zeros(4, np.int64), masks)
+    jepa_loss(model, teacher, part)[0].sum().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         ignored = encoder.architecture.adapter == "nearest" and name == "encoder.encoder.place.unplaced_D"
@@ -179,12 +182,22 @@ def test_odd_sizes(kind, sizes):
 
 
 def test_bfloat16_stays_near_float32(encoder):
+    """Features within a cosine of 0.99 of each token, the loss within 1 %, and every gradient finite."""
     x_BCT, positions_BC3 = windows(2, 21)
-    ids_BK = torch.arange(0, 84, 3).repeat(2, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        half_BKD = encoder(x_BCT, positions_BC3, ids_BK=ids_BK).float()
-        half_BKD.square().sum().backward()
-    assert F.cosine_similarity(half_BKD, encoder(x_BCT, positions_BC3, ids_BK=ids_BK), dim=2).min() > 0.99
+    ids_BK, target_BM = torch.arange(0, 84, 3).repeat(2, 1), torch.arange(1, 84, 3).repeat(2, 1)
+    predictor, losses, features = Predictor(encoder.architecture, 2, "contextual"), [], []
+    for rounded in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            z_BKD = encoder(x_BCT, positions_BC3, ids_BK=ids_BK)
+            with torch.no_grad():
+                target_BMD = layer_normed(take(encoder(x_BCT, positions_BC3), target_BM))
+            predicted_BMD = predictor(z_BKD, positions_BC3, 4, ids_BK, target_BM)
+        losses.append(loss_latent(predicted_BMD, target_BMD).mean())
+        features.append(z_BKD.float())
+    losses[1].backward()
+    losses = [loss.item() for loss in losses]
+    assert F.cosine_similarity(*features, dim=2).min() > 0.99
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
 
 
@@ -195,6 +208,24 @@ def test_one_graph_for_the_compiler(kind):
     ids_BK = torch.tensor([[0, 5, 6, 9], [1, 2, 3, 27]])
     traced = torch.compile(encoder, backend="aot_eager", fullgraph=True)
     assert close(traced(x_BCT, positions_BC3, None, ids_BK), encoder(x_BCT, positions_BC3, None, ids_BK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "mamba", "fno", "hybrid", "perceiver"])
+def test_compiled_equals_eager_with_its_gradients(kind):
+    torch.manual_seed(0)
+    encoder = build_encoder(Architecture(**(SMALL | KINDS[kind] | dict(layers=1))))
+    compiled = torch.compile(encoder)
+    for channels in (7, 5):  # another montage: compiled anew, or for any number
+        x_BCT, positions_BC3 = windows(2, channels)
+        ids_BK = torch.tensor([[0, 5, 6, 9], [1, 2, 3, 19]])
+        gradients = []
+        for run in (encoder, compiled):
+            z_BKD = run(x_BCT, positions_BC3, None, ids_BK)
+            gradients.append(torch.autograd.grad(z_BKD.square().sum(), list(encoder.parameters()), allow_unused=True))
+        assert close(compiled(x_BCT, positions_BC3), encoder(x_BCT, positions_BC3))
+        for ours, theirs in zip(*gradients, strict=True):
+            assert (ours is None) == (theirs is None) and (ours is None or close(ours, theirs, 1e-3))
 
 
 def test_file_round_trip(tmp_path, encoder):
@@ -362,6 +393,38 @@ def smooth_fields(channels: list[str], patches: int = 4) -> tuple[torch.Tensor, 
     sources_K3 = torch.tensor([POSITIONS[MONTAGE[k]] for k in range(0, 120, 10)])
     gain_CK = torch.exp(-torch.cdist(positions_C3, sources_K3).square() / (2 * 0.05**2))
     return (gain_CK @ torch.randn(2, 12, 25 * patches)), positions_C3.repeat(2, 1, 1)
+
+
+def heads(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of 128 electrodes, each of another brain: rhythms of a dozen sources, seen some centimetres around, and noise."""
+    torch.manual_seed(3)
+    positions_C3 = torch.tensor([POSITIONS[n] for n in MONTAGE])
+    gain_CK = torch.exp(-torch.cdist(positions_C3, positions_C3[::10]).square() / (2 * 0.05**2))
+    sources = (count, gain_CK.shape[1], 1)
+    angle_BKT = 2 * torch.pi * (4 + 20 * torch.rand(sources)) * torch.arange(400) / 100 + 6 * torch.rand(sources)
+    source_BKT = torch.randn(sources).exp() * angle_BKT.sin() + 0.3 * torch.randn(count, sources[1], 400)
+    return gain_CK @ source_BKT + 0.1 * torch.randn(count, 128, 400), positions_C3.expand(count, -1, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_21_of_128_electrodes_tell_the_same_of_a_window(kind):
+    """
+    Features averaged over a window, less their mean over windows: what 21 electrodes of the 10-20 system say of a window against
+    what all 128 say of it, and of the others.
+    """
+    torch.manual_seed(0)
+    encoder = build_encoder(Architecture(**(SMALL | dict(patch=100) | KINDS[kind])))
+    x_BCT, positions_BC3 = heads(16)
+    encoder.embed.calibrate(x_BCT.reshape(-1, 100))
+    nearest = torch.cdist(torch.tensor([POSITIONS[n] for n in TUH21]), positions_BC3[0]).argmin(1).unique()
+    with torch.no_grad():
+        few_BD = encoder(x_BCT[:, nearest], positions_BC3[:, nearest]).mean(1)
+        all_BD = encoder(x_BCT, positions_BC3).mean(1)
+    few_BD, all_BD = few_BD - few_BD.mean(0), all_BD - all_BD.mean(0)
+    cosine_BB = F.cosine_similarity(few_BD[:, None], all_BD[None], dim=2)
+    other = cosine_BB[~torch.eye(16, dtype=torch.bool)]
+    assert len(nearest) == 21 and cosine_BB.diag().min() > 0.9
+    assert other.max() < 0.7 and other.mean() < 0.1
 
 
 @pytest.mark.parametrize("queries", [4, 32, 128])

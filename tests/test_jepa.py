@@ -21,6 +21,7 @@ from lib.edf import write_edf
 from lib.errors import Failed, Unusable
 from lib.models import load_encoder
 from lib.run import MEASURED
+from lib.traits import load_heads
 from tests import recipes
 from train_jepa import PRESETS, Config, main
 
@@ -90,15 +91,29 @@ def test_a_run_leaves_what_it_promises(straight, cache):
         "code",
         "log.jsonl",
         "state.safetensors",
+        "state.previous.safetensors",
+        "best",
         "encoder.safetensors",
         "curves.png",
     }
     assert {p.name for p in straight.iterdir()} == names
     lines = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(25))
-    keys = {"step", "loss", "lr", "grad_norm", "skipped", *MEASURED}
+    keys = {
+        "step",
+        "loss",
+        "loss_latent",
+        "loss_aux",
+        "loss_regularised",
+        "lr",
+        "grad_norm",
+        "skipped",
+        "rollbacks",
+        *MEASURED,
+    }
     assert all(keys <= line.keys() for line in lines[1:])
     watched = {"val_loss", "feature_rank", "feature_std", "teacher_cosine", "predicted_cosine"}
+    watched |= {"subject_share", "stimulus_share"}
     assert [line["step"] for line in lines if watched <= line.keys()] == [0, 8, 16, 24]
     assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     encoder, meta = load_encoder(straight / "encoder.safetensors", Cache(cache))
@@ -164,18 +179,38 @@ def test_micro_batches_change_nothing(cache, straight, tmp_path):
 
 
 def test_two_ranks_compute_what_one_computes(cache, straight, tmp_path):
-    run = tmp_path / "ranks"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = torchrun(config(cache, tmp_path / "ranks"))
+    assert len(done.stdout.strip().splitlines()) == 1 and json.loads(done.stdout)["step"] == 24
+    same_numbers(log(tmp_path / "ranks"), log(straight))
+
+
+def torchrun(cfg: Config) -> subprocess.CompletedProcess:
+    """The command on two gloo processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(recipes.ROOT / "train_jepa.py"), *flags(config(cache, run))],
+        [*launch, str(recipes.ROOT / "train_jepa.py"), *flags(cfg)],
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.strip().splitlines()) == 1 and json.loads(done.stdout)["step"] == 24
-    same_numbers(log(run), log(straight))
+    return done
+
+
+def test_everything_at_once_is_the_same_in_micro_batches_and_on_two_ranks(cache, tmp_path):
+    changes = dict(steps=6, eval_every=3, predictor="contextual", aux=("age", "sex"), vicreg=0.3, sigreg=0.03)
+    changes |= dict(schedule="restarts", probe_epochs=0.5)
+    main(config(cache, tmp_path / "one", **changes))
+    main(config(cache, tmp_path / "micro", micro=2, **changes))
+    torchrun(config(cache, tmp_path / "ranks", **changes))
+    for other in ("micro", "ranks"):
+        same_numbers(log(tmp_path / other), log(tmp_path / "one"))
+    ours, theirs = (load_heads(tmp_path / run / "traits.safetensors")[0].state_dict() for run in ("one", "ranks"))
+    assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in ours)
+    line = log(tmp_path / "one")[-1]
+    parts = line["loss_latent"] + 0.45 * line["loss_aux"] + line["loss_regularised"]
+    assert line["loss"] == pytest.approx(parts) and min(line["loss_aux"], line["loss_regularised"]) > 0
 
 
 def test_it_learns_without_collapsing(cache, tmp_path):
@@ -193,7 +228,8 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
     main(config(cache, tmp_path / "next", init=init, steps=1, d_model=64))  # the file's architecture counts
     _, meta = load_encoder(tmp_path / "next" / "encoder.safetensors")
     assert meta["architecture"]["d_model"] == 32
-    assert meta["lineage"] == [{"file": init, "run": "straight", "step": 24}]
+    assert len(meta["lineage"]) == 1 and meta["lineage"][0]["file"] == init
+    assert (meta["lineage"][0]["run"], meta["lineage"][0]["step"]) == ("straight", 24)
     assert log(tmp_path / "next")[0]["probe_condition"] == log(straight)[-1]["probe_condition"]
 
 
@@ -215,6 +251,9 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
         (dict(init="missing.safetensors"), "missing.safetensors"),
         (dict(dataset_weights=("small=1", "tuh=2")), "--dataset-weights"),
         (dict(sampler="seizure"), "--sampler"),
+        (dict(aux=("shoe_size",)), "--aux shoe_size"),
+        (dict(batch=1, vicreg=1.0), "--vicreg"),
+        (dict(keep=-1), "--keep"),
     ],
 )
 def test_what_is_unusable_is_named_and_leaves_no_run_behind(changes, word, cache, tmp_path):
@@ -226,6 +265,41 @@ def test_what_is_unusable_is_named_and_leaves_no_run_behind(changes, word, cache
 @pytest.mark.parametrize("changes", [dict(sampler="subject"), dict(dataset_weights=("small=0.3", "wide=0.7"))])
 def test_other_samplers(changes, cache, tmp_path):
     assert main(config(cache, tmp_path / "x", steps=1, **changes))["step"] == 1
+
+
+def test_a_run_that_collapses_says_so_loudly_and_stops_if_asked(cache, straight, tmp_path, capsys):
+    changes = dict(ema=0.0, lr=1e-2, eval_every=8)  # no slow teacher, and a rate to fall over with
+    results = main(config(cache, tmp_path / "warned", **changes))
+    alarms = [line["step"] for line in log(tmp_path / "warned") if "alarm" in line]
+    assert alarms and "feature_std" in results["metrics"]["alarm"] and "COLLAPSE at step" in capsys.readouterr().err
+    assert not any("alarm" in line for line in log(straight))
+    with pytest.raises(Failed, match=f"collapsed at step {alarms[0]}"):
+        main(config(cache, tmp_path / "stopped", collapse="stop", **changes))
+    assert log(tmp_path / "stopped")[-1]["step"] == alarms[0]
+    results = main(config(cache, tmp_path / "mended", sigreg=0.05, **changes))
+    assert "alarm" not in results["metrics"] and results["metrics"]["feature_std"] > 0.5
+
+
+def test_the_best_encoders_are_kept(straight, cache):
+    values = {line["step"]: line["val_loss"] for line in log(straight) if line["step"] in (8, 16, 24)}
+    kept = sorted((straight / "best").iterdir())
+    assert [p.name for p in kept] == [f"step-{step:06d}.safetensors" for step in sorted(values)]
+    assert load_encoder(kept[0], Cache(cache))[1]["step"] == 8
+
+
+def test_auxiliary_targets_are_stored_left_out_of_probes_and_guarded(cache, tmp_path):
+    main(config(cache, tmp_path / "aux", steps=8, aux=("age", "sex:classification")))
+    heads, meta = load_heads(tmp_path / "aux" / "traits.safetensors")
+    assert [t.name for t in heads.traits] == ["age", "sex"] and heads.traits[1].classes == ("F", "M")
+    assert meta["auxiliary"] == ["age", "sex"] and 20 < heads.traits[0].mean < 50
+    lines = log(tmp_path / "aux")
+    assert not any(name.startswith(("probe_age", "probe_sex")) for line in lines for name in line)
+    assert "probe_condition" in lines[-1]
+    init = str(tmp_path / "aux" / "encoder.safetensors")
+    main(config(cache, tmp_path / "next", init=init, steps=1))  # what it was told once stays out of probes
+    assert "probe_age" not in log(tmp_path / "next")[-1]
+    main(config(cache, tmp_path / "asked", init=init, steps=1, allow_leak=True))
+    assert "probe_age" in log(tmp_path / "asked")[-1]
 
 
 @pytest.mark.parametrize(
@@ -256,29 +330,65 @@ def test_other_encoders_learn_and_are_loaded_from_their_file(changes, cache, tmp
     assert sum(p.numel() for p in encoder.parameters()) == results["parameters"]
 
 
+class Faults:
+    """jepa_loss with a fault: `broken(call, part)` is asked before every one of the loop's calls."""
+
+    def __init__(self, monkeypatch, broken):
+        self.honest, self.broken, self.calls = train_jepa.jepa_loss, broken, 0
+        monkeypatch.setattr(train_jepa, "jepa_loss", self)
+
+    def __call__(self, model, teacher, part):
+        latent_B, *means = self.honest(model, teacher, part)
+        if torch.is_grad_enabled() and model.encoder.embed.samples.weight.requires_grad and len(part.x_BCT) > 3:
+            self.calls += 1  # the two and three windows whose cost is counted are no step
+        return latent_B * (math.nan if self.broken(self.calls) else 1), *means
+
+
 def test_a_step_without_a_finite_loss_is_never_taken(cache, tmp_path, monkeypatch):
-    calls, honest = [], train_jepa.jepa_loss
-
-    def sometimes_nan(model, teacher, part):
-        calls.append(1)
-        loss, z_sum_D = honest(model, teacher, part)
-        return loss * (math.nan if len(calls) in (5, 6) else 1), z_sum_D
-
-    monkeypatch.setattr(train_jepa, "jepa_loss", sometimes_nan)
+    Faults(monkeypatch, lambda call: call in (5, 6))
     results = main(config(cache, tmp_path / "nan", steps=6))
     assert 1 <= results["metrics"]["skipped"] <= 2 and math.isfinite(results["metrics"]["loss"])
-    monkeypatch.setattr(train_jepa, "jepa_loss", lambda *a: (honest(*a)[0] * math.nan, honest(*a)[1]))
+    skipped = [line for line in log(tmp_path / "nan") if line.get("event") == "skipped"]
+    assert len(skipped) == results["metrics"]["skipped"] and len(skipped[0]["windows"]) == TINY["batch"]
+
+
+def test_weights_gone_bad_are_rolled_back_at_a_lower_rate(cache, tmp_path, monkeypatch):
+    Faults(monkeypatch, lambda call: 15 <= call < 21)  # three steps and one after the rollback
+    results = main(config(cache, tmp_path / "bad"))
+    lines = log(tmp_path / "bad")
+    back = [line for line in lines if line.get("event") == "rollback"]
+    assert len(back) == 1 and back[0]["scale"] == 0.5 and back[0]["step"] < back[0]["after"]
+    assert (
+        results["step"] == 24 and results["metrics"]["rollbacks"] == 1 and lines[-1]["val_loss"] < lines[0]["val_loss"]
+    )
+    Faults(monkeypatch, lambda call: True)
     with pytest.raises(Failed, match="--lr"):
         main(config(cache, tmp_path / "hopeless"))
+    assert (tmp_path / "hopeless" / "failed.json").exists()
+
+
+def test_out_of_memory_halves_micro_batches_and_changes_nothing(cache, straight, tmp_path, monkeypatch):
+    honest = train_jepa.jepa_loss
+
+    def small_memory(model, teacher, part):
+        if len(part.x_BCT) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory (a stand-in: this machine has no GPU)")
+        return honest(model, teacher, part)
+
+    monkeypatch.setattr(train_jepa, "jepa_loss", small_memory)
+    main(config(cache, tmp_path / "small"))
+    lines = log(tmp_path / "small")
+    assert [line["micro"] for line in lines if line.get("event") == "out_of_memory"]
+    same_numbers([line for line in lines if "event" not in line], log(straight))
 
 
 def test_windows_drawn_do_not_depend_on_ranks_or_micro_batches(cache):
     windows = Cache(cache).windows("train", 2.0, 1.0)
     cfg = config(cache, Path("x"))
     ids = np.arange(0, 48, 4)
-    whole = by_index(train_jepa.draw(windows, ids, np.arange(12), cfg, 50, 3), ids)
+    whole = by_index(train_jepa.draw(windows, ids, np.arange(12), cfg, 0, 50, 3), ids)
     shares = [np.arange(r, 12, 3) for r in range(3)]
-    split = [by_index(train_jepa.draw(windows, ids[s], s, replace(cfg, micro=1), 50, 3), ids[s]) for s in shares]
+    split = [by_index(train_jepa.draw(windows, ids[s], s, cfg, 1, 50, 3), ids[s]) for s in shares]
     split = {k: v for part in split for k, v in part.items()}
     assert whole.keys() == split.keys() and len(whole) == 12
     for key, (x, targets) in whole.items():

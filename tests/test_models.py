@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lib.batches import Part
 from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
 from lib.losses import layer_normed, loss_latent
 from lib.masks import draw_masks
 from lib.metrics import effective_rank, feature_std
-from lib.models import Architecture, Predictor, build_encoder, load_encoder, save_encoder, take
+from lib.models import Architecture, build_encoder, load_encoder, save_encoder, take
 from lib.optim import decay_groups, ema_momentum, ema_update, warmup_cosine
+from lib.predictor import Predictor
 from lib.tensors import load_tensors, save_tensors
 
 SMALL = Architecture(d_model=32, layers=2, heads=2, patch=25, rate_hz=100.0)
@@ -136,44 +138,22 @@ def test_spectrum_is_calibrated_and_keeps_amplitude(encoder):
     assert encoder.embed.log_amplitude(torch.zeros(1, 25)).isfinite().all()
 
 
-def test_predictions_at_two_targets_of_a_window_differ(encoder):
-    x_BCT, positions_BC3 = windows()
-    context_BK, target_BM = torch.arange(8).repeat(3, 1), torch.tensor([[8, 9, 12, 27]]).repeat(3, 1)
-    predictor = Predictor(SMALL, 2)
-    predicted_BMD = predictor(encoder(x_BCT, positions_BC3, ids_BK=context_BK), positions_BC3, 4, context_BK, target_BM)
-    first, second = torch.triu_indices(4, 4, 1)
-    assert (
-        torch.cdist(predicted_BMD, predicted_BMD)[:, first, second].min() > 0.01
-    )  # in place (8 against 12), in time (8 against 9) and in both
-    assert not close(predicted_BMD[0], predicted_BMD[1], 1e-4)  # and depend on what the context says
-
-
-def test_padded_context_does_not_reach_the_prediction(encoder):
-    x_BCT, positions_BC3 = windows()
-    context_BK, target_BM = torch.tensor([[1, 4, 9]] * 3), torch.tensor([[8, 20]] * 3)
-    predictor = Predictor(SMALL, 2)
-    z_BKD = encoder(x_BCT, positions_BC3, ids_BK=context_BK)
-    straight = predictor(z_BKD, positions_BC3, 4, context_BK, target_BM)
-    filled_BK, real_BK = torch.cat([context_BK, context_BK * 0], 1), torch.tensor([[True] * 3 + [False] * 3] * 3)
-    filled_BKD = torch.cat([z_BKD, 100 * torch.randn_like(z_BKD)], 1)
-    assert close(predictor(filled_BKD, positions_BC3, 4, filled_BK, target_BM, real_BK), straight)
-
-
-def test_loss_counts_real_targets_only_and_adds_up():
+def test_loss_is_each_windows_mean_over_its_real_targets():
     predicted_BMD, target_BMD = torch.randn(4, 6, 8), layer_normed(torch.randn(4, 6, 8) * 3 + 2)
     assert close(target_BMD.mean(2), torch.zeros(4, 6)) and close(
         target_BMD.var(2, unbiased=False), torch.ones(4, 6), 1e-3
     )
     real_BM = torch.rand(4, 6) < 0.6
-    naive = 0.0
-    for b, m in real_BM.nonzero().tolist():
-        e = (predicted_BMD[b, m] - target_BMD[b, m]).abs()
-        naive += float(torch.where(e < 1, 0.5 * e * e, e - 0.5).mean())
-    assert float(loss_latent(predicted_BMD, target_BMD, real_BM)) == pytest.approx(naive, rel=1e-5)
-    parts = sum(loss_latent(predicted_BMD[i : i + 1], target_BMD[i : i + 1], real_BM[i : i + 1]) for i in range(4))
-    assert float(parts) == pytest.approx(naive, rel=1e-5)
+    real_BM[:, 0] = True
+    naive_B = []
+    for b in range(4):
+        e_MD = (predicted_BMD[b] - target_BMD[b]).abs()[real_BM[b]].double()
+        naive_B.append(float(torch.where(e_MD < 1, 0.5 * e_MD * e_MD, e_MD - 0.5).mean()))
+    assert loss_latent(predicted_BMD, target_BMD, real_BM).tolist() == pytest.approx(naive_B, rel=1e-5)
+    alone = [float(loss_latent(predicted_BMD[i : i + 1], target_BMD[i : i + 1], real_BM[i : i + 1])) for i in range(4)]
+    assert alone == pytest.approx(naive_B, rel=1e-5)
     predicted_BMD[~real_BM] = torch.inf
-    assert float(loss_latent(predicted_BMD, target_BMD, real_BM)) == pytest.approx(naive, rel=1e-5)
+    assert loss_latent(predicted_BMD, target_BMD, real_BM).tolist() == pytest.approx(naive_B, rel=1e-5)
 
 
 def test_ema_equals_its_formula_in_double_precision(encoder):
@@ -293,59 +273,52 @@ def test_sizes_that_do_not_fit_are_named():
             build_encoder(wrong)
 
 
+def part_of(x_BCT, positions_BC3, mask_BC=None, index_B=None, kind="spatiotemporal") -> Part:
+    """Windows with hidden tokens, as a step of pretraining gets them."""
+    index_B = np.arange(len(x_BCT)) if index_B is None else index_B
+    good_BC = torch.ones(x_BCT.shape[:2], dtype=torch.bool) if mask_BC is None else mask_BC
+    masks = draw_masks(kind, positions_BC3, good_BC, 4, 0.6, 0.09, 2, 0, 0, index_B)
+    return Part(x_BCT, positions_BC3, mask_BC, index_B, np.zeros(len(x_BCT), np.int64), masks)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_gradient_reaches_all_of_the_model_and_none_of_the_teacher(encoder, mixed):
-    from train_jepa import JEPA, Part, jepa_loss
+    from train_jepa import JEPA, jepa_loss
 
     x_BCT, positions_BC3 = windows()
     mask_BC = torch.ones(3, 7, dtype=torch.bool)
     if mixed:
         mask_BC[1, 5:] = mask_BC[2, 3:] = False
-    masks = draw_masks("spatiotemporal", positions_BC3, mask_BC, 4, 0.6, 0.09, 2, 0, 0, np.arange(3))
-    model, teacher = JEPA(encoder, 2), copy.deepcopy(encoder).requires_grad_(False)
-    loss, z_sum_D = jepa_loss(model, teacher, Part(x_BCT, positions_BC3, mask_BC if mixed else None, masks))
-    loss.backward()
+    model, teacher = JEPA(encoder, "contextual", 2, []), copy.deepcopy(encoder).requires_grad_(False)
+    part = part_of(x_BCT, positions_BC3, mask_BC if mixed else None)
+    loss_B, mean_BD, level_BD = jepa_loss(model, teacher, part)
+    loss_B.sum().backward()
     for name, p in model.named_parameters():
         unused = name.endswith("unplaced_D")  # all electrodes have a place here
         assert p.grad is not None and (unused or p.grad.abs().sum() > 0), name
     assert all(p.grad is None for p in teacher.parameters())
-    # a window's share of the loss does not depend on the others
-    total, z_total_D = 0.0, 0.0
-    for b in range(3):
+    for b in range(3):  # a window's loss does not depend on the others
         own = int(mask_BC[b].sum())
-        one = draw_masks(
-            "spatiotemporal",
-            positions_BC3[b : b + 1, :own],
-            mask_BC[b : b + 1, :own],
-            4,
-            0.6,
-            0.09,
-            2,
-            0,
-            0,
-            np.array([b]),
-        )
-        alone, z_D = jepa_loss(model, teacher, Part(x_BCT[b : b + 1, :own], positions_BC3[b : b + 1, :own], None, one))
-        total, z_total_D = total + float(alone.detach()), z_total_D + z_D
-    assert total == pytest.approx(float(loss.detach()), rel=1e-4)
-    assert close(z_total_D, z_sum_D, 1e-3)
+        one = part_of(x_BCT[b : b + 1, :own], positions_BC3[b : b + 1, :own], index_B=np.array([b]))
+        alone_B, mean_1D, level_1D = jepa_loss(model, teacher, one)
+        assert float(alone_B.detach()) == pytest.approx(float(loss_B[b].detach()), rel=1e-4)
+        assert close(mean_1D, mean_BD[b : b + 1]) and close(level_1D, level_BD[b : b + 1])
 
 
 def test_what_all_tokens_have_in_common_is_no_target(encoder):
-    from train_jepa import JEPA, Part, jepa_loss
+    from train_jepa import JEPA, jepa_loss
 
     x_BCT, positions_BC3 = windows()
-    masks = draw_masks("random", positions_BC3, torch.ones(3, 7, dtype=torch.bool), 4, 0.6, 0.09, 2, 0, 0, np.arange(3))
-    model, part = JEPA(encoder, 2), Part(x_BCT, positions_BC3, None, masks)
+    model, part = JEPA(encoder, "prelocal", 2, []), part_of(x_BCT, positions_BC3, kind="random")
     plain, offset = copy.deepcopy(encoder).requires_grad_(False), copy.deepcopy(encoder).requires_grad_(False)
     common_D = 50 * torch.randn(32)
     with torch.no_grad():
         offset.norm.bias += common_D
-    first, z_sum_D = jepa_loss(model, plain, part)
+    first_B, _, level_BD = jepa_loss(model, plain, part)
     model.centre_D += common_D
-    second, _ = jepa_loss(model, offset, part)
-    assert float(second.detach()) == pytest.approx(float(first.detach()), rel=1e-3)
-    assert close(z_sum_D, plain(x_BCT, positions_BC3).sum((0, 1)), 1e-3)
+    second_B, _, _ = jepa_loss(model, offset, part)
+    assert second_B.tolist() == pytest.approx(first_B.tolist(), rel=1e-3)
+    assert close(level_BD, plain(x_BCT, positions_BC3).mean(1), 1e-3)
 
 
 def test_take_picks_tokens():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +21,9 @@ from lib import command
 from lib.errors import Failed, Unusable
 from lib.prefetch import Prefetch
 from lib.ranks import Ranks, join
-from lib.run import Run, RunConfig, saved_config
+from lib.run import Run, RunConfig, saved_config, steps_of
+from lib.tensors import save_tensors
+from tests import recipes
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -230,13 +234,192 @@ def test_a_state_that_is_damaged_or_does_not_fit_is_refused(script):
     other = torch.nn.Linear(4, 5)
     with pytest.raises(Unusable, match="doesn't fit"):
         run.restore({"model": other}, torch.optim.AdamW(other.parameters()))
-    path = run.directory / "state.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 16
-    path.write_bytes(data)
+    damage(run.directory / "state.safetensors")
     with pytest.raises(Unusable, match="state.safetensors is damaged"):
         run.restore({"model": model}, optimizer)
     run.close()
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["damaged", "truncated", "lost between two renames"])
+def test_the_state_before_is_used_with_a_message_where_the_newest_is_damaged(how, script, capfd):
+    model, optimizer = fresh()
+    straight = Run(Config(name="straight"), str(script), ONE)
+    run = Run(Config(name="e"), str(script), ONE)
+    halfway, its_optimizer = fresh()
+    for first, last in ((0, 2), (2, 4), (4, 6)):
+        train(straight, first, last, model, optimizer)
+        straight.save({"step": last}, {"model": model}, optimizer)
+        train(run, first, last, halfway, its_optimizer)
+        run.save({"step": last}, {"model": halfway}, its_optimizer)
+    newest = run.directory / "state.safetensors"
+    if how == "damaged":
+        damage(newest)
+    elif how == "truncated":
+        newest.write_bytes(newest.read_bytes()[:100])
+    else:
+        newest.unlink()
+    run.close()
+    run = Run(Config(name="e", resume=True), str(script), ONE)
+    again, its_optimizer = fresh()
+    assert run.restore({"model": again}, its_optimizer) == {"step": 4}
+    message = capfd.readouterr().err
+    assert "resuming runs/e at step 4" in message
+    assert how.startswith("lost") or "state.safetensors is damaged" in message and "state.previous" in message
+    assert newest.exists() and not (run.directory / "state.previous.safetensors").exists()
+    train(run, 4, 6, again, its_optimizer)
+    run.save({"step": 6}, {"model": again}, its_optimizer)
+    for name in ("state.safetensors", "state.previous.safetensors"):
+        assert (run.directory / name).read_bytes() == (straight.directory / name).read_bytes()
+    straight.close()
+    run.close()
+
+
+def test_a_full_disk_is_one_line_and_the_state_before_stays(script):
+    run = Run(Config(name="f"), str(script), ONE)
+    model, optimizer = fresh()
+    train(run, 0, 1, model, optimizer)
+    run.save({"step": 1}, {"model": model}, optimizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+        with pytest.raises(Failed, match="no space to save runs/f"):
+            run.save({"step": 2}, {"model": model}, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.close()
+    resumed = Run(Config(name="f", resume=True), str(script), ONE)
+    assert resumed.restore({"model": model}, optimizer) == {"step": 1}
+    resumed.close()
+
+
+# the best checkpoints
+
+
+def evaluate_at(run: Run, state: dict, losses: dict[int, float], last: int, save_every: int = 3) -> None:
+    """Steps with validations, each written as a file if it is among the best two."""
+    model, optimizer = fresh()
+    for step in range(state["step"] + 1, last + 1):
+        state["step"] = step
+        if step in losses and (path := run.among_best(state, losses[step], 2)):
+            save_tensors(path, {"x": torch.tensor([float(step)])}, {"val_loss": losses[step]})
+        if step % save_every == 0:
+            run.save(state, {"model": model}, optimizer)
+
+
+LOSSES = {2: 0.9, 4: 0.5, 5: math.nan, 6: 0.7, 8: 0.6, 10: 0.5, 11: 0.8}
+
+
+def best(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.directory / "best").iterdir())
+
+
+def test_the_best_checkpoints_are_kept_and_the_others_deleted(script):
+    run = Run(Config(name="best"), str(script), ONE)
+    state = {"step": 0, "best": []}
+    evaluate_at(run, state, LOSSES, 6)
+    assert best(run) == ["step-000004.safetensors", "step-000006.safetensors"]
+    evaluate_at(
+        run, state, LOSSES, 8
+    )  # the new one is there, and the state that still names the old one is the last saved
+    assert best(run) == ["step-000004.safetensors", "step-000006.safetensors", "step-000008.safetensors"]
+    evaluate_at(run, state, LOSSES, 12)
+    assert best(run) == [
+        "step-000004.safetensors",
+        "step-000010.safetensors",
+    ]  # of equal ones the earlier counts as better
+    assert state["best"] == [[0.5, 4], [0.5, 10]]
+    run.close()
+
+
+@pytest.mark.parametrize("killed_at", [4, 5, 7, 8, 11])
+def test_the_best_checkpoints_are_the_same_after_a_kill(killed_at, script):
+    run = Run(Config(name="killed"), str(script), ONE)
+    evaluate_at(run, {"step": 0, "best": []}, LOSSES, killed_at)
+    run.close()
+    resumed = Run(Config(name="killed", resume=True), str(script), ONE)
+    state = resumed.restore({"model": fresh()[0]}, fresh()[1])
+    evaluate_at(resumed, state, LOSSES, 12)
+    assert state["best"] == [[0.5, 4], [0.5, 10]]
+    assert best(resumed) == ["step-000004.safetensors", "step-000010.safetensors"]
+    resumed.close()
+
+
+# the tracker
+
+
+TRACKED = """
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from tests.test_run import Config, ONE, fresh
+from lib.run import Run
+for resume in {resume!r}:
+    run = Run(Config(name="t", wandb={wandb!r}, resume=resume), "train_toy.py", ONE)
+    if resume:
+        run.restore({{"model": fresh()[0]}}, fresh()[1])
+    if {kill!r}:
+        children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True).stdout
+        (service,) = (int(line.split()[0]) for line in children.splitlines() if "wandb-core" in line)
+        os.kill(service, signal.SIGKILL)
+        time.sleep(0.5)
+    for step in (1, 2, 3):
+        run.log(step, loss=1.5)
+    run.close()
+print("wandb" in sys.modules)
+"""
+
+
+def tracked(wandb: str | None, resume: tuple = (False,), kill: bool = False, **env) -> tuple[str, str]:
+    """Whether a process of its own imported the tracker for runs of three steps, started or resumed, and what it said."""
+    words = [sys.executable, "-c", TRACKED.format(root=str(recipes.ROOT), wandb=wandb, resume=resume, kill=kill)]
+    env = {**os.environ, "WANDB_MODE": "offline", **env}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(Path("runs/t/log.jsonl").read_text().splitlines()) == 3
+    return done.stdout.strip(), done.stderr
+
+
+def test_nothing_imports_the_tracker_without_the_flag(script):
+    assert tracked(None)[0] == "False" and not Path("runs/t/wandb_id").exists()
+
+
+def test_the_tracker_goes_on_with_the_same_run(script):
+    pytest.importorskip("wandb.sdk")
+    assert tracked("berger", resume=(False, True))[0] == "True"
+    name = Path("runs/t/wandb_id").read_text()
+    files = sorted(Path("runs/t").rglob(f"run-{name}.wandb"))
+    assert len(name) == 8 and len(files) == 2  # one per start, of one run
+    assert b"band_hz" in files[0].read_bytes() and b"loss" in files[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_tracker_without_a_login_does_not_stop_the_run(script):
+    pytest.importorskip("wandb.sdk")
+    _, err = tracked("berger", WANDB_MODE="online", HOME=str(Path.cwd()), NETRC="none", WANDB_API_KEY="")
+    assert "--wandb: No API key" in err and err.count("going on without it") == 1
+
+
+@pytest.mark.slow
+def test_a_tracker_that_dies_does_not_stop_the_run(script):
+    pytest.importorskip("wandb.sdk")
+    assert tracked("berger", kill=True)[1].count("going on without it") == 1
+
+
+def test_a_tracker_that_is_not_installed_is_named(script, monkeypatch):
+    Path("wandb").mkdir()  # as offline runs leave behind: no package
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(Unusable, match=r"--wandb.*pip install -e '\.\[wandb\]'"):
+        Run(Config(name="v", wandb="berger"), str(script), ONE)
+    assert not Path("runs/v").exists()
+
+
+def test_epochs_become_steps():
+    assert steps_of(0, 1000, 64) == 0 and steps_of(0.001, 1000, 64) == 1 and steps_of(2, 1000, 50) == 40
 
 
 def test_the_first_signal_lets_the_step_finish(script):
@@ -267,15 +450,28 @@ def test_prefetch_keeps_order_and_raises_where_the_batch_is_asked_for():
         return step * step
 
     loader = Prefetch(draw, 2, 9)
-    assert [loader.next() for _ in range(3)] == [4, 9, 16]
+    assert [next(loader) for _ in range(3)] == [(2, 4), (3, 9), (4, 16)]
     with pytest.raises(Unusable, match="shard 5"):
-        loader.next()
+        next(loader)
     loader.close()
+
+
+def test_prefetch_goes_on_from_where_it_is_sent_with_what_is_drawn_then():
+    scale, seen = 1, []
+    loader = Prefetch(lambda step: scale * step, 0, 6)
+    for step, batch in loader:
+        seen.append((step, batch))
+        if step == 3 and scale == 1:
+            scale = 10  # what was drawn ahead is out of date
+            loader.seek(2)
+    loader.close()
+    assert seen == [(0, 0), (1, 1), (2, 2), (3, 3), (2, 20), (3, 30), (4, 40), (5, 50)]
+    assert list(Prefetch(lambda step: step, 4, 4)) == []
 
 
 def test_prefetch_stops_while_it_waits_for_a_slow_consumer():
     drawn = []
     loader = Prefetch(lambda step: drawn.append(step), 0, 10**6, depth=2)
-    loader.next()
+    next(loader)
     loader.close()
     assert len(drawn) < 10 and loader.waited_s >= 0
