@@ -7,8 +7,8 @@ Pretrain an EEG encoder by predicting the representations of hidden (electrode, 
     torchrun --nproc-per-node 8 train_jepa.py --preset base           # the same result from 8 processes
 
 Needs a cache (build_cache.py). A context encoder sees the visible tokens of a window, a teacher (its moving average) sees all, and
-a predictor tells from the context and the places of the hidden tokens what the teacher makes of them. The teacher is what is kept:
-runs/NAME/encoder.safetensors. To ablate something that is not a flag, copy this file.
+a predictor tells from the context and the places of the hidden tokens what the teacher makes of them. The context encoder is what is
+kept: runs/NAME/encoder.safetensors. To ablate something that is not a flag, copy this file.
 
 Shape letters: B windows, C channels, T samples, P patches per channel, N = C * P tokens, K context tokens, M targets, D width.
 """
@@ -88,6 +88,9 @@ class Config(RunConfig):
         "prelocal"  # targets attend to the context; then also to each other; and to a summary of the window
     )
     predictor_layers: int = 2  # depth of the predictor, half as wide as the encoder
+    visible: float = (
+        0.33  # weight of the same loss on visible tokens, told from themselves: features keep what tokens show
+    )
     ema: float = 0.996  # teacher's momentum at the first step, raised linearly to 1
     aux: tuple[str, ...] = ()  # columns to predict beside, as in: age sex p_factor; they can't be evaluated on then
     aux_weight: float = 0.45  # of their mean loss
@@ -162,6 +165,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(encoder.architecture, predictor_layers, predictor)
         self.heads = AuxiliaryHeads(encoder.architecture.d_model, traits)
         width = encoder.architecture.d_model
+        self.own = nn.Linear(width, width)  # what the teacher makes of a visible token, told from its own features
         self.register_buffer("centre_D", torch.zeros(width))  # moving mean of the teacher's features
 
     def context(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,12 +174,12 @@ class JEPA(nn.Module):
         z_BKD = self.encoder(part.x_BCT, part.positions_BC3, None, m.context_BK, m.context_real_BK)
         return z_BKD, mean_of(z_BKD, m.context_real_BK)
 
-    def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the teacher makes of the hidden tokens, as told from the visible ones (B, M, D), and the window's mean (B, D)."""
+    def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the teacher makes of the hidden (B, M, D) and the visible tokens (B, K, D), told from the visible, and their mean (B, D)."""
         m, patches = part.masks, part.x_BCT.shape[2] // self.encoder.architecture.patch
         z_BKD, mean_BD = self.context(part)
         places = (part.positions_BC3, patches, m.context_BK, m.target_BM, m.context_real_BK, m.target_real_BM)
-        return self.predictor(z_BKD, *places), mean_BD
+        return self.predictor(z_BKD, *places), self.own(z_BKD), mean_BD
 
 
 def mean_of(z_BKD: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
@@ -185,7 +189,9 @@ def mean_of(z_BKD: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
     return (z_BKD.float() * real_BK[:, :, None]).sum(1) / real_BK.sum(1, keepdim=True)
 
 
-def jepa_loss(model: JEPA, teacher: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def jepa_loss(
+    model: JEPA, teacher: nn.Module, part: Part, visible: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Latent loss of each window (B), the mean of its context's features (B, D), and that of the teacher's (B, D).
 
@@ -193,10 +199,12 @@ def jepa_loss(model: JEPA, teacher: nn.Module, part: Part) -> tuple[torch.Tensor
     """
     with torch.no_grad():
         z_BND = teacher(*part.signal).float()
-        target_BMD = layer_normed(take(z_BND, part.masks.target_BM) - model.centre_D)
+        wanted_BND, m = layer_normed(z_BND - model.centre_D), part.masks
         level_BD = mean_of(z_BND, good_tokens(part, z_BND.shape[1]))
-    predicted_BMD, mean_BD = model(part)
-    return loss_latent(predicted_BMD, target_BMD, part.masks.target_real_BM), mean_BD, level_BD
+    predicted_BMD, own_BKD, mean_BD = model(part)
+    hidden_B = loss_latent(predicted_BMD, take(wanted_BND, m.target_BM), m.target_real_BM)
+    visible_B = loss_latent(own_BKD, take(wanted_BND, m.context_BK), m.context_real_BK)
+    return hidden_B + visible * visible_B, mean_BD, level_BD
 
 
 def good_tokens(part: Part, tokens: int) -> torch.Tensor | None:
@@ -234,14 +242,14 @@ def evaluate(
         with autocast(device.type, dtype):
             z_BND = teacher(*part.signal).float()
             own_BND = model.encoder(*part.signal).float()
-            predicted_BMD, _ = model(part)
+            predicted_BMD, _, _ = model(part)
         target_BMD = layer_normed(take(z_BND, part.masks.target_BM) - model.centre_D)
         losses.append(loss_latent(predicted_BMD, target_BMD, part.masks.target_real_BM).cpu())
         cosine_BM1 = F.cosine_similarity(predicted_BMD.float(), target_BMD, dim=2)[:, :, None]
         cosines.append(mean_of(cosine_BM1, part.masks.target_real_BM).cpu())
         good_BN = good_tokens(part, z_BND.shape[1])
         agreements.append(mean_of(F.cosine_similarity(z_BND, own_BND, dim=2)[:, :, None], good_BN).cpu())
-        z_BD[part.index_B] = mean_of(z_BND, good_BN).cpu()
+        z_BD[part.index_B] = mean_of(own_BND, good_BN).cpu()
     by_subject, by_stimulus = variance_shares(z_BD, subject_B, stimulus_B)
     return {
         "val_loss": float(torch.cat(losses).mean()),
@@ -268,7 +276,7 @@ def check(cfg: Config, window: int, patch: int) -> None:
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
     names = "micro max_channels eval_every save_every probe_epochs mask_radius_m weight_decay seed keep"
-    for name in f"{names} aux_weight vicreg sigreg".split():
+    for name in f"{names} aux_weight visible vicreg sigreg".split():
         if getattr(cfg, name) < 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
     if cfg.batch == 1 and (cfg.vicreg or cfg.sigreg):
@@ -326,7 +334,7 @@ def main(cfg: Config) -> dict | None:
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:16]
         part = draw(train, sampler.ids(0)[some], some, cfg, cfg.micro, patch, 0)[0].to(device)
-        state["dtype"] = choose_dtype(cfg.dtype, trial(model, teacher, part), ranks)
+        state["dtype"] = choose_dtype(cfg.dtype, trial(model, teacher, part, cfg.visible), ranks)
     loss_of = torch.compile(jepa_loss) if cfg.compile else jepa_loss
     meta = signal_meta(cache) | {"window_s": cfg.window_s, "run": run.name, "lineage": lineage}
     meta |= trained_on(cache, rows, [t.name for t in traits])
@@ -339,9 +347,9 @@ def main(cfg: Config) -> dict | None:
         values = evaluate(model, teacher, val_parts, state["dtype"], *groups) if ranks.first else {}
         state["untrained"] = ranks.agree({name: values.get(name) for name in ("feature_rank", "feature_std")})
         if ranks.first:
-            run.log(0, **values, **probe.score(encode_by(teacher, state["dtype"])))
+            run.log(0, **values, **probe.score(encode_by(model.encoder, state["dtype"])))
         run.save(state, modules, optimizer)
-    cost = StepCost(lambda part: jepa_loss(model, teacher, part.to(device))[0], model)
+    cost = StepCost(lambda part: jepa_loss(model, teacher, part.to(device), cfg.visible)[0], model)
     rate = matmul_rate(DTYPES[state["dtype"]], device)
 
     def batch_of(step: int) -> list[Part]:
@@ -366,7 +374,7 @@ def main(cfg: Config) -> dict | None:
                 regularised_step = step
             for part in (p.to(device) for p in parts):
                 with autocast(device.type, state["dtype"]):
-                    latent_B, mean_BD, level_BD = loss_of(model, teacher, part)
+                    latent_B, mean_BD, level_BD = loss_of(model, teacher, part, cfg.visible)
                     aux = model.heads.loss(mean_BD, trait_RK[part.recording_B].to(device), known_K)
                 latent = latent_B.sum() / cfg.batch
                 pulled = 0.0 if pull_BD is None else (mean_BD * pull_BD[part.index_B]).sum()
@@ -400,9 +408,9 @@ def main(cfg: Config) -> dict | None:
             values |= evaluate(model, teacher, val_parts, state["dtype"], *groups)
             alarm = collapsed(values, state["untrained"])
             if path := run.among_best(state, values["val_loss"], cfg.keep):
-                save_encoder(path, teacher, meta | {"step": done})
+                save_encoder(path, model.encoder, meta | {"step": done})
         if ranks.first and (last or due(done, probe_every)):
-            values |= probe.score(encode_by(teacher, state["dtype"]))
+            values |= probe.score(encode_by(model.encoder, state["dtype"]))
             state["probe_protocol"] = probe.protocol
         if values or last or due(done, cfg.log_every):
             means = np.mean(state["recent"] or [(math.nan,) * 5], axis=0).tolist()
@@ -429,36 +437,36 @@ def main(cfg: Config) -> dict | None:
     results = None
     if ranks.first:
         lines = run.lines()
-        save_encoder(run.directory / "encoder.safetensors", teacher, meta | {"step": steps})
+        save_encoder(run.directory / "encoder.safetensors", model.encoder, meta | {"step": steps})
         if traits:
             save_heads(run.directory / "traits.safetensors", model.heads, meta | {"step": steps})
         plot.curves(lines, run.directory / "curves.png")
-        results = report(run, lines, state, sum(p.numel() for p in teacher.parameters()))
+        results = report(run, lines, state, sum(p.numel() for p in encoder.parameters()))
     run.close()
     return results
 
 
-def trial(model: JEPA, teacher: nn.Module, part: Part) -> Callable[[str], None]:
+def trial(model: JEPA, teacher: nn.Module, part: Part, visible: float) -> Callable[[str], None]:
     """Forward and backward pass of a throwaway copy, in a number format."""
     model, teacher = copy.deepcopy(model), copy.deepcopy(teacher)
 
     def work(dtype: str) -> None:
         with autocast(part.x_BCT.device.type, dtype):
-            loss_B, _, _ = jepa_loss(model, teacher, part)
+            loss_B, _, _ = jepa_loss(model, teacher, part, visible)
         loss_B.sum().backward()
 
     return work
 
 
-def encode_by(teacher: nn.Module, dtype: str) -> Callable[[Batch], torch.Tensor]:
-    """A function that gives the teacher's features (B, N, D) of a batch."""
-    device = next(teacher.parameters()).device
+def encode_by(encoder: nn.Module, dtype: str) -> Callable[[Batch], torch.Tensor]:
+    """A function that gives features (B, N, D) of a batch."""
+    device = next(encoder.parameters()).device
 
     @torch.no_grad()
     def encode(batch: Batch) -> torch.Tensor:
         mask_BC = None if batch.mask_BC.all() else batch.mask_BC.to(device)
         with autocast(device.type, dtype):
-            return teacher(batch.x_BCT.to(device), batch.positions_BC3.to(device), mask_BC).float().cpu()
+            return encoder(batch.x_BCT.to(device), batch.positions_BC3.to(device), mask_BC).float().cpu()
 
     return encode
 

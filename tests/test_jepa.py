@@ -268,7 +268,8 @@ def test_other_samplers(changes, cache, tmp_path):
 
 
 def test_a_run_that_collapses_says_so_loudly_and_stops_if_asked(cache, straight, tmp_path, capsys):
-    changes = dict(ema=0.0, lr=1e-2, eval_every=8)  # no slow teacher, and a rate to fall over with
+    # no slow teacher, a rate to fall over with, and nothing that keeps what visible tokens show
+    changes = dict(ema=0.0, lr=1e-2, visible=0.0, eval_every=8)
     results = main(config(cache, tmp_path / "warned", **changes))
     alarms = [line["step"] for line in log(tmp_path / "warned") if "alarm" in line]
     assert alarms and "feature_std" in results["metrics"]["alarm"] and "COLLAPSE at step" in capsys.readouterr().err
@@ -337,8 +338,8 @@ class Faults:
         self.honest, self.broken, self.calls = train_jepa.jepa_loss, broken, 0
         monkeypatch.setattr(train_jepa, "jepa_loss", self)
 
-    def __call__(self, model, teacher, part):
-        latent_B, *means = self.honest(model, teacher, part)
+    def __call__(self, model, teacher, part, visible):
+        latent_B, *means = self.honest(model, teacher, part, visible)
         if torch.is_grad_enabled() and model.encoder.embed.samples.weight.requires_grad and len(part.x_BCT) > 3:
             self.calls += 1  # the two and three windows whose cost is counted are no step
         return latent_B * (math.nan if self.broken(self.calls) else 1), *means
@@ -370,10 +371,10 @@ def test_weights_gone_bad_are_rolled_back_at_a_lower_rate(cache, tmp_path, monke
 def test_out_of_memory_halves_micro_batches_and_changes_nothing(cache, straight, tmp_path, monkeypatch):
     honest = train_jepa.jepa_loss
 
-    def small_memory(model, teacher, part):
+    def small_memory(model, teacher, part, visible):
         if len(part.x_BCT) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory (a stand-in: this machine has no GPU)")
-        return honest(model, teacher, part)
+        return honest(model, teacher, part, visible)
 
     monkeypatch.setattr(train_jepa, "jepa_loss", small_memory)
     main(config(cache, tmp_path / "small"))
