@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from kernels import pack, plain
 from lib import channels, command, filters, manifest, pool, recordings, store
 from lib.errors import Failed, Rejected, Unusable
 from lib.inspection import check_amplitude, inspect
@@ -34,8 +35,7 @@ from lib.recordings import ReadSpec
 from lib.sources import Discovery, Source, discover
 from lib.statements import VIBRATION_UNITS
 
-FLOAT16_MAX = float(np.finfo(np.float16).max)
-RECIPE = 2  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
+RECIPE = 3  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,7 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
     else:
         scale_C, offset_C = {"robust": filters.robust_scale, "zscore": filters.zscore}[signal["scale"]](full_CT)
     scale_C, offset_C = np.asarray(scale_C, np.float32), np.asarray(offset_C, np.float32)
-    z_TC = np.empty(full_CT.shape[::-1], np.float16)
-    for block in range(0, len(z_TC), 4096):  # small enough to stay in the processor's cache
-        z_CB = (full_CT[:, block : block + 4096] - offset_C[:, None]) / scale_C[:, None]
-        z_TC[block : block + 4096] = np.clip(z_CB, -FLOAT16_MAX, FLOAT16_MAX).T
+    z_TC = pack.pack(full_CT, offset_C, scale_C)
     notes = [*recording.notes, *notes]  # the recording's last, because reading adds to them
     return Prepared(
         z_TC,
@@ -493,6 +490,8 @@ def work(tasks: list[Task], cfg: Config) -> dict[str, dict]:
     # a recording needs about its samples in float32 thrice: 6 x an int16 file, 3 x a float32 one
     largest = max(sizes.values(), default=0) * 6 + 300e6
     workers = min(cfg.workers or os.cpu_count() or 1, max(1, int(pool.available_memory() // largest)), len(tasks) or 1)
+    if tasks:
+        plain.library()  # compiled here, so that no worker has to
     parts: dict[str, dict] = {}
     seconds, quarantined, total = 0.0, 0, sum(sizes.values())
     os.environ.update(

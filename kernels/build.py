@@ -1,9 +1,10 @@
 """
-Compile kernels/csrc into one library; needs only g++ (or $CXX), no ninja and no setup.py.
+Compile kernels/csrc; needs only g++ (or $CXX), no ninja and no setup.py.
 
     python kernels/build.py    # otherwise it happens by itself when a kernel is first used
 
-The library's name carries a hash of the sources, the flags and the torch it was built against, so a stale one is never loaded.
+Two libraries: `torch` has the operators of torch.ops.berger; `plain` is for programs on NumPy arrays that do without torch. The name
+of each carries a hash of its sources, of the flags and of the torch it was built against, so a stale one is never loaded.
 """
 
 import fcntl
@@ -16,28 +17,30 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
-TORCH = Path(torch.__file__).resolve().parent
+FOLDERS = {"torch": HERE / "csrc", "plain": HERE / "csrc" / "plain"}
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared"]
 FLAGS += ["-ffp-contract=off"]  # a fused multiply-add would differ from the reference in the last bit
-FLAGS += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
 
 
 class BuildFailed(Exception):
     """The library can't be compiled here; the message is one line that says why."""
 
 
-def sources() -> list[Path]:
-    return sorted((HERE / "csrc").glob("*.cpp"))
+def sources(kind: str) -> list[Path]:
+    return sorted(FOLDERS[kind].glob("*.cpp"))
 
 
-def library() -> Path:
+def library(kind: str) -> Path:
     """Where the library for these sources and this torch belongs."""
-    parts = [torch.__version__, str(torch.version.git_version), platform.machine(), *FLAGS]
-    parts += [path.name + path.read_text() for path in sources()]
-    return HERE / f"_C-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}.so"
+    parts = [platform.machine(), *FLAGS]
+    if kind == "torch":
+        import torch  # here, because building a cache needs none of it
+
+        parts += [torch.__version__, str(torch.version.git_version)]
+    for path in [*sources(kind), *sorted(FOLDERS["torch"].glob("*.h"))]:
+        parts += [path.name, path.read_text()]
+    return HERE / f"_{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}.so"
 
 
 def compiler() -> str | None:
@@ -45,47 +48,50 @@ def compiler() -> str | None:
     return next((path for path in map(shutil.which, wanted) if path), None)
 
 
-def build(say=lambda line: None) -> Path:
+def build(kind: str, say=lambda line: None) -> Path:
     """The library's path, after compiling it if it isn't there; of several processes one compiles. Raises BuildFailed."""
-    target = library()
+    target = library(kind)
     if target.exists():
         return target
     gxx = compiler()
     if gxx is None:
         raise BuildFailed("there is no g++")
     try:
-        with open(HERE / "_C.lock.tmp", "w") as lock:
+        with open(HERE / "_build.lock.tmp", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                compile_to(target, gxx, say)
+                say(f"compiling {HERE.name}/csrc ({kind}) with {Path(gxx).name}, once: up to half a minute")
+                began = time.monotonic()
+                compile_to(target, kind, gxx)
+                say(f"compiled in {time.monotonic() - began:.0f} s")
     except OSError as e:  # a read-only checkout, a full disk
         raise BuildFailed(f"{HERE} can't be written ({e.strerror})") from e
     return target
 
 
-def compile_to(target: Path, gxx: str, say) -> None:
-    say(f"compiling {HERE.name}/csrc with {Path(gxx).name}, once: about 20 s")
-    began = time.monotonic()
+def compile_to(target: Path, kind: str, gxx: str, extra: tuple[str, ...] = ()) -> None:
     half = target.with_suffix(f".{os.getpid()}.tmp")
-    command = [gxx, *FLAGS, f"-isystem{TORCH / 'include'}", *map(str, sources()), f"-L{TORCH / 'lib'}"]
-    command += ["-ltorch_cpu", "-lc10", "-o", str(half)]
+    command = [gxx, *FLAGS, *extra, *map(str, sources(kind)), "-o", str(half)]
+    if kind == "torch":
+        import torch
+
+        root = Path(torch.__file__).resolve().parent
+        command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-isystem{root / 'include'}"]
+        command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            lines = (
-                [line for line in done.stderr.splitlines() if "error" in line]
-                or done.stderr.splitlines()
-                or ["no message"]
-            )
-            raise BuildFailed(f"{Path(gxx).name} failed: {lines[0]}")
+            lines = done.stderr.splitlines() or ["no message"]
+            raise BuildFailed(f"{Path(gxx).name} failed: {next((x for x in lines if 'error' in x), lines[0])}")
         os.replace(half, target)  # whole or not at all, also for a process on another machine that shares this folder
     finally:
         half.unlink(missing_ok=True)
-    say(f"compiled in {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
     try:
-        print(build(say=lambda line: print(line, file=sys.stderr)))
+        for kind in FOLDERS:
+            print(build(kind, say=lambda line: print(line, file=sys.stderr)))
     except BuildFailed as e:
-        sys.exit(f"{e}; everything works without it, in plain PyTorch")
+        sys.exit(f"{e}; everything works without it, in plain PyTorch and NumPy")

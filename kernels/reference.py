@@ -1,13 +1,15 @@
 """
 What every operation of kernels/ means, in plain PyTorch; it runs wherever the C++ isn't built.
 
-Shapes: B windows, C channels of the batch, T samples.
+Shapes: B windows, C channels, T samples, P patches per channel, N = C * P tokens, K tokens taken, X either, D width, S sections of a filter
+or states of a scan, R rows, L steps and E channels of a scan, Q steps of a block.
 """
 
 import errno
 import os
 
 import torch
+import torch.nn.functional as F
 
 
 class UnreadableWindow(OSError):
@@ -54,3 +56,131 @@ def read_samples(window: int, fd: int, offset: int, samples: int, channels: int)
             raise UnreadableWindow(window, 0, x_TC.nbytes - len(left), x_TC.nbytes)
         left, offset = left[n:], offset + n
     return x_TC
+
+
+MOST = 4.0  # that one step of selective_scan can fade: 2 % of the state are left
+
+
+def embed_tokens(
+    x_BXD: torch.Tensor, space_BCD: torch.Tensor, time_PD: torch.Tensor, ids_BK: torch.Tensor, taken: bool = False
+) -> torch.Tensor:
+    """
+    The tokens `ids_BK` (int64, token n is patch n % P of channel n // P) plus codes of their channel and their patch: z_BKD.
+
+    x has all N = C * P tokens of a window, or with `taken` those K already. The sums are made in float32 (float64 if an input
+    is), and z has the widest of the three formats.
+    """
+    patches = len(time_PD)
+    x_BKD = x_BXD if taken else take(x_BXD, ids_BK)
+    place_BKD = take(space_BCD, ids_BK // patches) + time_PD[ids_BK % patches]
+    return x_BKD + place_BKD
+
+
+def take(z_BND: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
+    first_B1 = torch.arange(len(ids_BK), device=ids_BK.device)[:, None] * z_BND.shape[1]
+    return F.embedding(ids_BK + first_B1, z_BND.flatten(0, 1))
+
+
+def embed_tokens_backward(
+    grad_BKD: torch.Tensor,
+    ids_BK: torch.Tensor,
+    channels: int,
+    patches: int,
+    need_x: bool,
+    need_space: bool,
+    need_time: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Gradients of x_BND, space_BCD and time_PD, in grad's format, summed in float32 at least; (0,) for one that isn't needed.
+
+    With `taken` the gradient of x is grad itself, so that x isn't asked for here.
+    """
+    (B, _, D), none = grad_BKD.shape, grad_BKD.new_empty(0)
+    wide_BKD = grad_BKD.to(torch.promote_types(grad_BKD.dtype, torch.float32))
+
+    def summed(to_BK: torch.Tensor, places: int) -> torch.Tensor:
+        first_B1 = torch.arange(B, device=to_BK.device)[:, None] * places
+        sums = wide_BKD.new_zeros(B * places, D).index_add(0, (to_BK + first_B1).flatten(), wide_BKD.flatten(0, 1))
+        return sums.unflatten(0, (B, places)).to(grad_BKD.dtype)
+
+    gx_BND = summed(ids_BK, channels * patches) if need_x else none
+    gspace_BCD = summed(ids_BK // patches, channels) if need_space else none
+    time = (ids_BK % patches).flatten(), wide_BKD.flatten(0, 1)
+    gtime_PD = wide_BKD.new_zeros(patches, D).index_add(0, *time).to(grad_BKD.dtype) if need_time else none
+    return gx_BND, gspace_BCD, gtime_PD
+
+
+def ema_(
+    teacher: list[torch.Tensor], student: list[torch.Tensor], momentum: float, copies: list[torch.Tensor] | None = None
+) -> None:
+    """
+    teacher = momentum * teacher + (1 - momentum) * student for each pair of tensors, in the teacher's format; copies = teacher.
+
+    For bfloat16 weights the teacher is a float32 master, and `copies` are what the network computes with.
+    """
+    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        t.lerp_(s.to(t.dtype), 1 - momentum)
+        if copies:
+            copies[i].copy_(t)
+
+
+def sos_stream(x_CT: torch.Tensor, sos_S6: torch.Tensor, state_S2C: torch.Tensor) -> torch.Tensor:
+    """
+    The next T samples of C channels through second-order sections in series (direct form II transposed, as scipy.signal.sosfilt).
+
+    x is float32 or float64, and so is y_CT; sections (b0 b1 b2 1 a1 a2) and state are float64, and so is the arithmetic. The state
+    (scipy's zi with its last two axes swapped) is updated in place. However the signal is cut, every sample comes out the same.
+    """
+    x_TC = x_CT.T.double().clone()
+    for t in range(len(x_TC)):
+        x_C = x_TC[t]
+        for (b0, b1, b2, _, a1, a2), z_2C in zip(sos_S6.tolist(), state_S2C, strict=True):
+            y_C = b0 * x_C + z_2C[0]
+            z_2C[0] = b1 * x_C - a1 * y_C + z_2C[1]
+            z_2C[1] = b2 * x_C - a2 * y_C
+            x_C = y_C
+        x_TC[t] = x_C
+    return x_TC.T.to(x_CT.dtype).contiguous()
+
+
+def sos_block(sos_S6: torch.Tensor, steps: int) -> torch.Tensor:
+    """
+    The same as one linear map of Q = `steps` samples, for processors with more lanes than there are channels: M (Q + 2S, Q + 2S).
+
+    [y_QC; state_(2S)C after] = M @ [x_QC; state_(2S)C before], the state being state_S2C.flatten(0, 1).
+    """
+    width = steps + 2 * len(sos_S6)
+    unit = torch.eye(width, dtype=torch.float64)
+    state_S2C = unit[steps:].unflatten(0, (-1, 2)).clone()
+    y_CT = sos_stream(unit[:steps].T, sos_S6.cpu(), state_S2C)
+    return torch.cat([y_CT.T, state_S2C.flatten(0, 1)]).to(sos_S6.device)
+
+
+def selective_scan(
+    u_RLE: torch.Tensor, fade_RLE: torch.Tensor, b_RLS: torch.Tensor, c_RLS: torch.Tensor, ahead: int | None = None
+) -> torch.Tensor:
+    """
+    y[t] = c[t] . h[t] with h[t] = exp(-min(fade[t], 4)) h[t-1] + b[t] u[t], the state h (S, E) of a row from 0; 0 <= fade.
+
+    Mamba's recurrence (S6, Gu & Dao 2023; u = dt x, fade = dt rate) with a rate per channel, as in Mamba-2 (Dao & Gu 2024).
+    The first `ahead` of the E channels (None: all) run forwards, the others from the last step to the first.
+    """
+    E, L = u_RLE.shape[2], u_RLE.shape[1]
+    ahead = E if ahead is None else ahead
+    if ahead < E:
+        turned = (t.flip(1) for t in (u_RLE[..., ahead:], fade_RLE[..., ahead:], b_RLS, c_RLS))
+        y_RLE = selective_scan(u_RLE[..., :ahead], fade_RLE[..., :ahead], b_RLS, c_RLS)
+        return torch.cat([y_RLE, selective_scan(*turned).flip(1)], 2)
+    keep_RLE, y = (-fade_RLE.clamp_max(MOST)).exp(), []
+    h_RSE = u_RLE.new_zeros(len(u_RLE), b_RLS.shape[2], E)
+    for t in range(L):
+        h_RSE = keep_RLE[:, t, None] * h_RSE + b_RLS[:, t, :, None] * u_RLE[:, t, None]
+        y.append((c_RLS[:, t, :, None] * h_RSE).sum(1))
+    return torch.stack(y, 1) if y else torch.empty_like(u_RLE)
+
+
+def selective_scan_backward(grad_RLE, u_RLE, fade_RLE, b_RLS, c_RLS, y_RLE, ahead):
+    """Gradients of u, fade, b and c, in their formats, given that of y and y itself; that of a fade above 4 is 0."""
+    inputs = [t.detach().requires_grad_() for t in (u_RLE, fade_RLE, b_RLS, c_RLS)]
+    with torch.enable_grad():
+        return torch.autograd.grad(selective_scan(*inputs, ahead), inputs, grad_RLE)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kernels import pack
 from lib.edf_header import UNITS, Header, Signal, format_header, parse_header, round_up
 from lib.errors import Rejected
 
@@ -52,14 +53,13 @@ def read_signals(header: Header, indices, volts: bool = True) -> np.ndarray:
         raise Rejected("missing_channel", f"{header.path}: minimum equals maximum, so no scale: {', '.join(unusable)}")
 
     x_CRN = np.empty((len(signals), header.records, signals[0].samples_per_record), np.float32)
+    scale_C = [(signal.to_uv or 1) if volts else 1 for signal in signals]
+    gain_C = [signal.gain * scale for signal, scale in zip(signals, scale_C, strict=True)]
+    bias_C = [signal.bias * scale for signal, scale in zip(signals, scale_C, strict=True)]
+    offset_C = [PAD + signal.offset for signal in signals]
     for first, block in _blocks(header, 0, header.records):
-        for x_RN, signal in zip(x_CRN[:, first:], signals, strict=True):
-            scale = (signal.to_uv or 1) if volts else 1
-            digital_RN = _digital(header, block, signal)
-            part_RN = x_RN[: len(digital_RN)]
-            part_RN[...] = digital_RN
-            part_RN *= np.float32(signal.gain * scale)
-            part_RN += np.float32(signal.bias * scale)
+        part_CRN = x_CRN[:, first : first + (len(block) - PAD) // header.record_bytes]
+        pack.decode(block, header.record_bytes, header.sample_bytes, offset_C, gain_C, bias_C, part_CRN)
     x_CT = x_CRN.reshape(len(signals), -1)
 
     doubtful = [c for c, signal in enumerate(signals) if volts and signal.to_uv is None]
@@ -255,11 +255,9 @@ def _blocks(header: Header, first: int, stop: int):
 
 
 def _digital(header: Header, block: np.ndarray, signal: Signal) -> np.ndarray:
-    """The digits of one signal in a block, (R, N): a view of 16 bits; of 24 bits the upper part of an overlapping int32."""
-    shape = ((len(block) - PAD) // header.record_bytes, signal.samples_per_record)
-    if header.format == "edf":
-        return np.ndarray(shape, "<i2", block, PAD + signal.offset, (header.record_bytes, 2))
-    return np.ndarray(shape, "<i4", block, PAD + signal.offset - 1, (header.record_bytes, 3)) >> 8
+    """The digits of one signal in a block, (R, N)."""
+    records, start = (len(block) - PAD) // header.record_bytes, PAD + signal.offset
+    return pack.digits(block, records, header.record_bytes, header.sample_bytes, start, signal.samples_per_record)
 
 
 def _read_tals(

@@ -1,5 +1,5 @@
 """
-State space over time: Mamba's selective scan in plain PyTorch, and the encoder block made of it.
+State space over time: Mamba's selective scan in plain PyTorch (kernels/ has it faster), and the encoder block made of it.
 
 The scan runs along each electrode's own patches, forwards and backwards, so the order of electrodes can't matter. A window has few
 patches (of 1 s, in 4 s: 4), too few for a state to be worth its name: a learned map, at the cost of the usual one, unfolds each
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
 from lib.grid import Grid, Pool
 
 CHUNK = 16  # steps whose fades are summed; times MOST this must stay below the 88 at which exp leaves float32
@@ -51,6 +52,18 @@ def selective_scan(
             h_RSE = kept_R1E * h_RSE + new_RSE
         y_RNQE = y_RNQE + kept_RN1E * (c_RNQS @ torch.stack(before, 1))
     return (shrunk_RNQE * y_RNQE).flatten(1, 2)[:, :L].to(u_RLE.dtype)
+
+
+def scan_both_ways(
+    u_RLX: torch.Tensor, fade_RLX: torch.Tensor, b_RLS: torch.Tensor, c_RLS: torch.Tensor
+) -> torch.Tensor:
+    """`selective_scan` of the first half of the channels forwards and of the other backwards, by a kernel where there is one."""
+    if kernels.path(u_RLX.device.type) != "reference":
+        return kernels.selective_scan(u_RLX, fade_RLX, b_RLS, c_RLS, u_RLX.shape[2] // 2)
+    ahead, back = zip(u_RLX.chunk(2, 2), fade_RLX.chunk(2, 2), strict=True)
+    y_RLX = selective_scan(*ahead, b_RLS, c_RLS)
+    y_back_RLX = selective_scan(*(t.flip(1) for t in (*back, b_RLS, c_RLS))).flip(1)
+    return torch.cat([y_RLX, y_back_RLX], 2)
 
 
 class Scan(nn.Module):
@@ -90,10 +103,8 @@ class Scan(nn.Module):
         rows_BKX = torch.cat([dt_BKFX * x_BKFX, dt_BKFX * self.log_rate_X.exp(), bc_BKFX], 3).flatten(2)
         rows_RLX = grid.spread(rows_BKX).reshape(-1, grid.patches * self.STEPS, rows_BKX.shape[2] // self.STEPS)
         u_RLX, fade_RLX, b_RLS, c_RLS = rows_RLX.split((self.inner, self.inner, self.STATES, self.STATES), 2)
-        ahead, back = zip(u_RLX.chunk(2, 2), fade_RLX.chunk(2, 2), strict=True)
-        y_RLX = selective_scan(*ahead, b_RLS, c_RLS)
-        y_back_RLX = selective_scan(*(t.flip(1) for t in (*back, b_RLS, c_RLS))).flip(1)
-        y_BCPX = torch.cat([y_RLX, y_back_RLX], 2).reshape(-1, grid.channels, grid.patches, self.STEPS * self.inner)
+        y_RLX = scan_both_ways(u_RLX, fade_RLX, b_RLS, c_RLS)
+        y_BCPX = y_RLX.reshape(-1, grid.channels, grid.patches, self.STEPS * self.inner)
         y_BKFX = grid.collect(y_BCPX).view_as(x_BKFX) + self.skip_X * x_BKFX
         return self.out((self.level(y_BKFX) * F.silu(gate_BKFX)).flatten(2))
 

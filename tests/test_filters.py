@@ -1,6 +1,7 @@
 """lib/filters.py: equality with MNE-Python, independence of chunks, and what happens at the ends of the scale."""
 
 import tracemalloc
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -8,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.filters import Causal, Spectral, band_pass_taps, notch_taps, quartiles, robust_scale, zscore
+from lib.filters import (
+    Causal,
+    Spectral,
+    band_pass_taps,
+    grid_points,
+    half_bands,
+    notch_taps,
+    quartiles,
+    robust_scale,
+    run_pass,
+    zscore,
+)
 
 RATES_HZ = (128, 160, 173.61, 200, 250, 256, 300, 400, 500, 512, 1000, 1024, 2048)
 BAND_HZ = (0.5, 45.0)
@@ -147,6 +159,21 @@ def test_memory_is_a_few_channels_not_the_recording():
     assert peak - y_CK.nbytes < 12e6 < x_CT.nbytes / 2
 
 
+@pytest.mark.parametrize(
+    "rate_hz, halvings, smooth", [(256, 1, True), (500, 2, False), (2000, 4, False), (160, 0, True)]
+)
+def test_half_bands_and_smooth_lengths_change_nothing_that_matters(rate_hz, halvings, smooth):
+    x_CT = eeg_like(4, 60_000, rate_hz) + 10 * np.random.default_rng(0).standard_normal((4, 60_000)).astype(np.float32)
+    (one,) = Spectral(rate_hz, 100, None).passes(60_000)
+    assert len(half_bands(one.points, one.new)) == halvings and (grid_points(one.new) == one.new) == smooth
+    for band_hz in (None, BAND_HZ):
+        p = replace(one, band_hz=band_hz)
+        plain_CK = run_pass(x_CT.astype(np.float64), p, np.zeros(4), quick=False)
+        assert (
+            relative_rms(run_pass(x_CT, p, np.zeros(4, np.float32), quick=True), plain_CK) < 1e-4
+        )  # white noise folds
+
+
 def test_real_recording_equals_mne(data_dir):
     import mne
 
@@ -235,8 +262,9 @@ def test_snapshot_and_reset():
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=60))
 def test_quartiles_are_numpys(values):
-    expected = np.quantile(np.array(values, np.float64), (0.25, 0.5, 0.75))
-    np.testing.assert_allclose(quartiles(np.array(values, np.float32)), expected, rtol=1e-6, atol=1e-6)
+    x_CT = np.array([values, values[::-1]], np.float32)
+    expected_C3 = np.quantile(x_CT.astype(np.float64), (0.25, 0.5, 0.75), axis=1).T
+    np.testing.assert_allclose(quartiles(x_CT), expected_C3, rtol=1e-6, atol=1e-6)
 
 
 def test_scales():

@@ -17,7 +17,7 @@ import torch
 from torch.library import opcheck
 
 import kernels
-from kernels import build, reference
+from kernels import build, ops, plain, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [
@@ -40,7 +40,7 @@ SIZES = [
 def gather(request, monkeypatch):
     """kernels.gather_windows on one of its two paths."""
     if request.param == "reference":
-        monkeypatch.setattr(kernels, "_path", "reference")
+        monkeypatch.setattr(ops, "path", lambda: "reference")
     elif kernels.path() == "reference":
         pytest.skip("no C++ here: python kernels/build.py says why")
     return kernels.gather_windows
@@ -359,7 +359,7 @@ def test_the_operator_checks_for_itself(needs_cpp, tmp_path):
 
 READ = """
 import sys, torch, kernels
-assert "kernels.build" not in sys.modules and kernels._path is None, "importing compiles nothing"
+assert "kernels.ops" not in sys.modules, "importing compiles nothing"
 one = torch.ones(1, dtype=torch.int64)
 with open("LICENSE", "rb") as f:
     for _ in range(2):
@@ -388,7 +388,7 @@ def test_without_kernels_everything_works_and_says_so_once(needs_cpp):
 def test_one_rank_speaks(monkeypatch, capsys):
     for rank, said in (("0", "kernels: hello\n"), ("1", "")):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        kernels._say("hello")
+        plain.say("hello")
         assert capsys.readouterr().err == said
 
 
@@ -406,6 +406,7 @@ def empty_build(tmp_path, monkeypatch):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "a.cpp").write_text('extern "C" int answer() { return 42; }\n')
     monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "FOLDERS", {"torch": tmp_path / "csrc", "plain": tmp_path / "csrc"})
     if build.compiler() is None:
         pytest.skip("no g++")
     return tmp_path
@@ -413,39 +414,42 @@ def empty_build(tmp_path, monkeypatch):
 
 def test_many_processes_compile_once(empty_build):
     said = []
-    threads = [threading.Thread(target=lambda: build.build(said.append)) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: build.build("plain", said.append)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sum("compiling" in line for line in said) == 1
-    assert build.library().exists() and not list(empty_build.glob("*.so.*"))
+    assert build.library("plain").exists() and not list(empty_build.glob("*.so.*"))
 
 
 def test_a_changed_source_or_torch_is_another_library(empty_build, monkeypatch):
-    first = build.build()
+    first = build.build("torch")
     (empty_build / "csrc" / "a.cpp").write_text('extern "C" int answer() { return 43; }\n')
-    second = build.library()
+    second = build.library("torch")
+    (empty_build / "csrc" / "a.h").write_text("// a header counts too\n")
+    third, plain = build.library("torch"), build.library("plain")
     monkeypatch.setattr(torch, "__version__", "0.0")
-    assert len({first, second, build.library()}) == 3 and not second.exists()
+    assert len({first, second, third, build.library("torch")}) == 4 and not second.exists()
+    assert build.library("plain") == plain
 
 
 def test_what_cannot_be_compiled_is_said_in_one_line(empty_build, monkeypatch):
     (empty_build / "csrc" / "a.cpp").write_text("int answer() { return nothing; }\n")
     with pytest.raises(build.BuildFailed, match=r"failed: .*error: .*nothing") as info:
-        build.build()
-    assert "\n" not in str(info.value) and not build.library().exists() and not list(empty_build.glob("*.so.*"))
+        build.build("plain")
+    assert "\n" not in str(info.value) and not build.library("plain").exists() and not list(empty_build.glob("*.so.*"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildFailed, match="no g\\+\\+"):
-        build.build()
+        build.build("plain")
 
 
 def test_the_reference_is_what_runs_without_a_library(monkeypatch, tmp_path, capsys):
-    def fail(say):
+    def fail(kind, say):
         raise build.BuildFailed("there is no g++")
 
     monkeypatch.setattr(build, "build", fail)
-    monkeypatch.setattr(kernels, "_path", None)
+    monkeypatch.setattr(ops, "_path", None)
     with Case(tmp_path, 30, (4,)) as case:
         assert torch.equal(bits(kernels.gather_windows(*case.args, clip=15.0)), bits(meaning(case)))
     assert kernels.path() == "reference"

@@ -12,7 +12,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <torch/library.h>
 
 #include <fcntl.h>
 #include <sys/uio.h>
@@ -32,7 +31,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define X86 __attribute__((target("avx2,f16c")))  // these functions only: the rest of the binary runs on any x86-64
+#define WITH_AVX2 __attribute__((target("avx2,f16c")))  // these functions only: the rest of the binary runs on any x86-64
 #endif
 
 namespace {
@@ -59,8 +58,8 @@ void transpose(const uint16_t* x, int64_t steps, int64_t channels, uint16_t* y, 
     for (int64_t t = 0; t < steps; t++) y[c * stride + t] = x[t * channels + c];
 }
 
-#ifdef X86
-X86 void transpose_avx2(const uint16_t* x, int64_t steps, int64_t channels, uint16_t* y, int64_t stride) {
+#ifdef WITH_AVX2
+WITH_AVX2 void transpose_avx2(const uint16_t* x, int64_t steps, int64_t channels, uint16_t* y, int64_t stride) {
   for (int64_t t = 0; t < steps; t += STEPS)
     for (int64_t c = 0; c < channels; c += LANES) {
       const uint16_t* from = x + t * channels + c;
@@ -102,10 +101,10 @@ void convert(const uint16_t* x, int64_t n, Affine f, out_t* y) {
   }
 }
 
-#ifdef X86
-X86 inline void store(__m256 v, float* y) { _mm256_storeu_ps(y, v); }
+#ifdef WITH_AVX2
+WITH_AVX2 inline void store(__m256 v, float* y) { _mm256_storeu_ps(y, v); }
 
-X86 inline void store(__m256 v, c10::BFloat16* y) {  // round to nearest even; any NaN becomes 0x7fc0, as c10 does it
+WITH_AVX2 inline void store(__m256 v, c10::BFloat16* y) {  // round to nearest even; any NaN becomes 0x7fc0, as c10 does it
   const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0x7fff);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, half)), 16);
@@ -116,7 +115,7 @@ X86 inline void store(__m256 v, c10::BFloat16* y) {  // round to nearest even; a
 }
 
 template <typename out_t>
-X86 void convert_avx2(const uint16_t* x, int64_t n, Affine f, out_t* y) {  // reads up to 7 steps past the end
+WITH_AVX2 void convert_avx2(const uint16_t* x, int64_t n, Affine f, out_t* y) {  // reads up to 7 steps past the end
   const __m256 high = _mm256_set1_ps(f.clip), low = _mm256_set1_ps(-f.clip);
   const __m256 gain = _mm256_set1_ps(f.gain), bias = _mm256_set1_ps(f.bias);
   for (int64_t t = 0; t < n; t += 8) {
@@ -145,7 +144,7 @@ struct Path {
 
 const Path& path() {
   static const Path chosen = [] {
-#ifdef X86
+#ifdef WITH_AVX2
     const char* wanted = std::getenv("BERGER_KERNELS");
     const bool generic = wanted != nullptr && std::string_view(wanted) == "generic";
     if (!generic && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
@@ -353,18 +352,4 @@ at::Tensor gather_windows(const at::Tensor& fds_B, const at::Tensor& offsets_B, 
   return status;
 }
 
-at::Tensor gather_windows_meta(const at::Tensor& fds_B, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                               const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double, at::Tensor) {
-  return fds_B.new_empty({3}, fds_B.options().dtype(at::kLong));
-}
-
 }  // namespace
-
-TORCH_LIBRARY(berger, m) {
-  m.def(
-      "gather_windows(Tensor fds_B, Tensor offsets_B, Tensor file_channels_B, Tensor map_BC, Tensor? gain_BC, Tensor? bias_BC, "
-      "float clip, Tensor(a!) out_BCT) -> Tensor");
-  m.def("processor_path() -> str", [] { return std::string(path().name); });
-}
-TORCH_LIBRARY_IMPL(berger, CPU, m) { m.impl("gather_windows", gather_windows); }
-TORCH_LIBRARY_IMPL(berger, Meta, m) { m.impl("gather_windows", gather_windows_meta); }
