@@ -291,7 +291,7 @@ def test_gradient_reaches_all_of_the_model_and_none_of_the_teacher(encoder, mixe
         mask_BC[1, 5:] = mask_BC[2, 3:] = False
     model, teacher = JEPA(encoder, "contextual", 2, []), copy.deepcopy(encoder).requires_grad_(False)
     part = part_of(x_BCT, positions_BC3, mask_BC if mixed else None)
-    loss_B, mean_BD, level_BD = jepa_loss(model, teacher, part)
+    loss_B, mean_BD, level_BD = jepa_loss(model, teacher, part, 0.5)
     loss_B.sum().backward()
     for name, p in model.named_parameters():
         unused = name.endswith("unplaced_D")  # all electrodes have a place here
@@ -300,7 +300,7 @@ def test_gradient_reaches_all_of_the_model_and_none_of_the_teacher(encoder, mixe
     for b in range(3):  # a window's loss does not depend on the others
         own = int(mask_BC[b].sum())
         one = part_of(x_BCT[b : b + 1, :own], positions_BC3[b : b + 1, :own], index_B=np.array([b]))
-        alone_B, mean_1D, level_1D = jepa_loss(model, teacher, one)
+        alone_B, mean_1D, level_1D = jepa_loss(model, teacher, one, 0.5)
         assert float(alone_B.detach()) == pytest.approx(float(loss_B[b].detach()), rel=1e-4)
         assert close(mean_1D, mean_BD[b : b + 1]) and close(level_1D, level_BD[b : b + 1])
 
