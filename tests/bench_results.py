@@ -3,7 +3,7 @@ What pretraining is worth: frozen features of encoders that never saw a subject,
 
     python tests/bench_results.py                                      # every set, one seed, about an hour on two cores
     python tests/bench_results.py --sets eegmat --seeds 0 1 2          # one set, several seeds
-    python tests/bench_results.py --flags "" "--mask random" "--ema 1" # ablation: one row per string of train_jepa.py's flags
+    python tests/bench_results.py --flags "" mask=random "ema=1 lr=3e-4" --no-baselines # ablation: rows of train_jepa.py's flags
 
 The subjects of every data set are dealt into folds. Per fold, flags and seed, train_jepa.py runs once on all data sets without that
 fold's subjects (a [split] in dataset.toml keeps them out) and linear models are fitted on the labels of the same others; the
@@ -34,13 +34,13 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, only this folder is on the path
 
 from lib.cache import Cache, Recording
 from lib.models import load_encoder
 from lib.probe import band_power
 
+ROOT = Path(__file__).resolve().parent.parent
 warnings.filterwarnings(
     "ignore", category=ConvergenceWarning
 )  # so well regularised, more iterations change no decision
@@ -56,7 +56,7 @@ class Config:
         "eegmat", "eegmmidb", "ssvep_exo", "muse", "bonn", "bi2012", "xdf", "formats",
     )  # folders with real recordings to pretrain on, each with its rules in tests/datasets  # fmt: skip
     data: Path = Path(os.environ.get("BERGER_DATA", ROOT.parent / "shared" / "data"))  # where they are
-    flags: tuple[str, ...] = ("",)  # of train_jepa.py, one string per row of the ablation table
+    flags: tuple[str, ...] = ("",)  # of train_jepa.py as name=value, one string per row of the ablation table
     steps: int = 400  # of pretraining
     seeds: tuple[int, ...] = (0,)
     folds: int = 5  # a pretraining per fold, flags and seed
@@ -190,7 +190,8 @@ def code() -> str:
 
 def pretrain(cfg: Config, cache: Path, seed: int, flags: str, untrained: bool) -> Path:
     """encoder.safetensors of one run of train_jepa.py, kept from an earlier call where nothing has changed."""
-    words = ["--cache", cache, "--seed", seed, "--steps", cfg.steps, *shlex.split(flags)]
+    named = (part for word in flags.split() for part in f"--{word}".split("=", 1))
+    words = ["--cache", cache, "--seed", seed, "--steps", cfg.steps, *named]
     if untrained:  # a step of no length leaves the calibrated initial encoder
         words += ["--steps", 1, "--lr", 1e-30]
     words += ["--eval-every", 0, "--save-every", 0, "--probe-windows", 40, "--val-windows", 64]

@@ -459,14 +459,14 @@ def run(*arguments: str, **env) -> subprocess.CompletedProcess:
 def test_processors_without_avx2():
     if kernels.path() == "reference":
         pytest.skip("no C++ here: python kernels/build.py says why")
-    some = "(test_scan_and and float) or any_ or bit_for_bit or (tokens_and and float32)"
+    some = "case11-dtype or any_ or bit_for_bit or (tokens_and and sizes2)"
     done = run("-m", "pytest", "-q", "-s", __file__, "-k", some, BERGER_KERNELS="generic")
     assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
     assert "kernels: C++, generic" in done.stderr
 
 
 def test_without_kernels_the_operators_mean_the_same():
-    some = "tokens or ema or compile or (test_scan_and and float64)"
+    some = "tokens_and or cut or compile or case7-dtype"
     done = run("-m", "pytest", "-q", __file__, "-k", some, BERGER_KERNELS="0")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 

@@ -10,7 +10,10 @@ void filter_some(const T* x, int64_t x_row, T* y, int64_t y_row, int64_t steps, 
   constexpr int64_t LANES = LANES_OF<double>, WIDE = COUNT * LANES, BLOCK = 32;
   double z[MOST_SECTIONS * 2 * WIDE], x_TC[BLOCK * WIDE];
   for (int64_t i = 0; i < 2 * sections; i++)
-    for (int64_t k = 0; k < WIDE; k++) z[i * WIDE + k] = k < some ? state[i * state_row + k] : 0.0;
+    for (int64_t k = 0; k < WIDE; k += LANES) {
+      const double* at = state + i * state_row + k;
+      store(k + LANES <= some ? load(at) : load_some(at, some - k), z + i * WIDE + k);
+    }
   for (int64_t t = 0; t < steps; t += BLOCK) {
     const int64_t n = std::min(BLOCK, steps - t);
     for (int64_t k = 0; k < WIDE; k++)
@@ -33,7 +36,12 @@ void filter_some(const T* x, int64_t x_row, T* y, int64_t y_row, int64_t steps, 
     for (int64_t k = 0; k < some; k++)
       for (int64_t i = 0; i < n; i++) y[k * y_row + t + i] = static_cast<T>(x_TC[i * WIDE + k]);
   }
-  for (int64_t i = 0; i < 2 * sections; i++) std::copy_n(z + i * WIDE, some, state + i * state_row);
+  for (int64_t i = 0; i < 2 * sections; i++)
+    for (int64_t k = 0; k < some; k += LANES) {
+      double* at = state + i * state_row + k;
+      if (k + LANES <= some) store(load(z + i * WIDE + k), at);
+      else store_some(load(z + i * WIDE + k), at, some - k);
+    }
 }
 
 // The channels [from, to) of x_CT (rows of x_row values) to y_CT; state_S2C as in the reference, `channels` wide.
