@@ -45,29 +45,46 @@ def classification_scores(y_B: np.ndarray, probability_BK: np.ndarray) -> dict[s
     AUROC, AUPRC and F1 are of class 1 where there are two classes, else the mean of one against the rest. Classes that don't occur
     in y_B are left out of every mean.
     """
-    from sklearn import metrics  # here: it takes a second that a typing error in a flag need not wait for
-
     classes, guess_B = np.unique(y_B), probability_BK.argmax(1)
-    one_BK = y_B[:, None] == classes
     scored = classes if probability_BK.shape[1] > 2 else classes[classes == 1]
-    if len(classes) < 2:
-        auroc = auprc = float("nan")
-    else:
-        columns = [(one_BK[:, list(classes).index(k)], probability_BK[:, k]) for k in scored]
-        auroc = float(np.mean([metrics.roc_auc_score(*c) for c in columns]))
-        auprc = float(np.mean([metrics.average_precision_score(*c) for c in columns]))
-    recall_K = [float((guess_B[y_B == k] == k).mean()) for k in classes]
+    auroc = auprc = kappa = float("nan")
+    if len(classes) > 1:
+        auroc = float(np.mean([area_under_roc(y_B == k, probability_BK[:, k]) for k in scored]))
+        auprc = float(np.mean([average_precision(y_B == k, probability_BK[:, k]) for k in scored]))
+    count_KK = np.zeros((probability_BK.shape[1],) * 2)
+    np.add.at(count_KK, (y_B, guess_B), 1)
+    true_K, said_K, right_K = count_KK.sum(1), count_KK.sum(0), count_KK.diagonal()
+    expected = true_K @ said_K / len(y_B) ** 2
+    if len(classes) > 1 and expected < 1:
+        kappa = float((right_K.sum() / len(y_B) - expected) / (1 - expected))
+    f1_K = 2 * right_K / np.maximum(true_K + said_K, 1)
     return {
-        "balanced_accuracy": float(np.mean(recall_K)),
-        "accuracy": float((guess_B == y_B).mean()),
+        "balanced_accuracy": float((right_K / np.maximum(true_K, 1))[classes].mean()),
+        "accuracy": float(right_K.sum() / len(y_B)),
         "auroc": auroc,
         "auprc": auprc,
-        "kappa": float(metrics.cohen_kappa_score(y_B, guess_B)) if len(classes) > 1 else float("nan"),
-        "f1": float(metrics.f1_score(y_B, guess_B, labels=scored, average="macro", zero_division=0))
-        if len(scored)
-        else float("nan"),
+        "kappa": kappa,
+        "f1": float(f1_K[scored].mean()) if len(scored) else float("nan"),
         "calibration_error": calibration_error(y_B, probability_BK),
     }
+
+
+def area_under_roc(true_B: np.ndarray, score_B: np.ndarray) -> float:
+    """Chance that a true one has the higher score, ties counting half: scikit-learn's, in a tenth of its time (a bootstrap calls it often)."""
+    _, place_B, count = np.unique(score_B, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2
+    trues = int(true_B.sum())
+    return float((rank[place_B[true_B]].sum() - trues * (trues + 1) / 2) / (trues * (len(true_B) - trues)))
+
+
+def average_precision(true_B: np.ndarray, score_B: np.ndarray) -> float:
+    """Mean precision over steps of recall, equal scores being one step: scikit-learn's."""
+    levels, place_B = np.unique(-score_B, return_inverse=True)
+    found, said = (
+        np.cumsum(np.bincount(place_B, true_B, len(levels))),
+        np.cumsum(np.bincount(place_B, minlength=len(levels))),
+    )
+    return float((np.diff(found, prepend=0) * found / said).sum() / found[-1])
 
 
 def calibration_error(y_B: np.ndarray, probability_BK: np.ndarray, bins: int = BINS) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 BEFORE_S, AFTER_S = 30.0, 60.0  # SzCORE: a detection may come so much before a seizure, or after it
 MERGE_S, LONGEST_S = 90.0, 300.0  # SzCORE: events closer than the first are one, longer than the second several
 SZCORE_HZ = 10  # SzCORE compares events at this precision
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -182,3 +183,43 @@ def detect(
 
 def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else float("nan")
+
+
+# ----------------------------------------------------------------------------
+# from probabilities to events, and to files
+
+
+def choose_detection(
+    probabilities: list[np.ndarray], references: list, seconds: list[float], rate_hz: float
+) -> tuple[dict[str, float], float]:
+    """
+    Threshold and morphology of `detect` of the highest SzCORE F1, and that F1; of several equal ones the best F1 of samples.
+
+    Of equal ones the morphology with most thresholds, and their middle: it is the farthest from doing worse.
+    """
+    tried = []
+    for close_s in (0.0, 2.0, 5.0):
+        for shortest_s in (0.0, 2.0, 5.0, 10.0):
+            for threshold in THRESHOLDS:
+                found = [detect(p, rate_hz, threshold, close_s, shortest_s, shortest_s) for p in probabilities]
+                pairs = list(zip(references, found, seconds, strict=True))
+                event, sample = (sum((rule(*p) for p in pairs), Counts()).f1 for rule in (szcore_counts, sample_counts))
+                tried.append((np.nan_to_num(event), round(np.nan_to_num(sample), 2), threshold, close_s, shortest_s))
+    best = max(t[:2] for t in tried)
+    alike = [t for t in tried if t[:2] == best]
+    close_s, shortest_s = max(
+        (t[3:] for t in alike), key=[t[3:] for t in alike].count
+    )  # the first of the most frequent
+    own = [t[2] for t in alike if t[3:] == (close_s, shortest_s)]
+    threshold = own[len(own) // 2]
+    return {"threshold": threshold, "close_s": close_s, "open_s": shortest_s, "shortest_s": shortest_s}, float(best[0])
+
+
+def events_tsv(found_N2: np.ndarray, confidence_N: np.ndarray, seconds: float) -> str:
+    """Events as SzCORE's annotation files have them (Dan 2024); a file without a seizure has one row of background."""
+    lines = ["onset\tduration\teventType\tconfidence\tchannels\tdateTime\trecordingDuration"]
+    for (start, stop), confidence in zip(found_N2, confidence_N, strict=True):
+        lines.append(f"{start:.2f}\t{stop - start:.2f}\tsz\t{confidence:.3f}\tn/a\tn/a\t{seconds:.2f}")
+    if not len(found_N2):
+        lines.append(f"0.00\t{seconds:.2f}\tbckg\tn/a\tn/a\tn/a\t{seconds:.2f}")
+    return "\n".join([*lines, ""])

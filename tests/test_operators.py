@@ -438,7 +438,7 @@ def test_many_python_threads_at_once():
     assert same == [True] * 160
 
 
-CHECKED = "scan_and or strides or fades or nan or tokens_and or mix or ema or bit_for_bit or cut or any_ or equals_its or every_map"
+CHECKED = "scan_and or strides or fades or nan or tokens_and or mix or ema or bit_for_bit or cut or test_any_ or equals_its or every_map"
 UNDER_SANITIZERS = """
 import sys
 from pathlib import Path

@@ -127,3 +127,23 @@ def test_every_annotated_seizure_is_hit_or_missed(reference, found):
         counts = rule(reference, found, 3600)
         assert counts.hits + counts.misses == pytest.approx(whole) and counts.false_alarms >= 0
     assert np.array_equal(seizures.intervals_of(seizures.mask_of(reference, 3600, 1), 1), seizures.merge(reference))
+
+
+def test_detection_is_chosen_where_it_does_best_and_in_the_middle_of_what_is_as_good():
+    probability_T = np.full(2400, 0.1)
+    probability_T[400:640] = 0.8  # 100 to 160 s at 4 Hz
+    probability_T[1600:1612] = 0.9  # 3 s of something else
+    chosen, f1 = seizures.choose_detection([probability_T], [[(100.0, 160.0)]], [600.0], 4.0)
+    assert f1 == 1 and 0.3 <= chosen["threshold"] <= 0.6 and chosen["shortest_s"] > 3
+    assert seizures.detect(probability_T, 4.0, **chosen).tolist() == [[100, 160]]
+
+
+def test_events_are_written_as_szcore_reads_them():
+    lines = seizures.events_tsv(np.array([[12.0, 20.5]]), np.array([0.9]), 60.0).splitlines()
+    assert (
+        lines[0].split("\t")[:3] == ["onset", "duration", "eventType"]
+        and lines[0].split("\t")[-1] == "recordingDuration"
+    )
+    assert lines[1].split("\t")[:4] == ["12.00", "8.50", "sz", "0.900"] and len(lines) == 2
+    none = seizures.events_tsv(np.empty((0, 2)), np.empty(0), 60.0).splitlines()
+    assert none[1].split("\t")[:3] == ["0.00", "60.00", "bckg"]

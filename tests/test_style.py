@@ -40,7 +40,8 @@ def test_imports_go_from_script_to_lib_to_kernels():
 
 def test_training_starts_without_mne_and_building_without_torch():
     program = "import sys, {0}; print(sorted({{'mne', 'torch'}} & set(sys.modules)))"
-    for script, loaded in (("train_jepa", "['torch']"), ("build_cache", "[]")):
+    phases = ("train_jepa", "train_contrastive", "train_supervised")
+    for script, loaded in (*((phase, "['torch']") for phase in phases), ("build_cache", "[]")):
         words = [sys.executable, "-c", program.format(script)]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == loaded, script
@@ -58,10 +59,13 @@ def test_every_file_the_readme_lists_exists():
 @pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
 def test_every_command_in_the_docs_parses(page):
     import build_cache
+    import train_contrastive
     import train_jepa
+    import train_supervised
     from lib import command
 
-    known = {"build_cache.py": (build_cache.Config, None), "train_jepa.py": (train_jepa.Config, train_jepa.PRESETS)}
+    known = {"build_cache.py": (build_cache.Config, None)}
+    known |= {f"{m.__name__}.py": (m.Config, m.PRESETS) for m in (train_jepa, train_contrastive, train_supervised)}
     blocks = re.findall(r"^```\w*\n(.+?)^```", (ROOT / page).read_text(), re.M | re.S)
     for line in "\n".join(blocks).splitlines():
         for part in re.split(r"&&|\|(?!\|)", line.strip().lstrip("`").split("  #")[0]):

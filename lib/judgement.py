@@ -1,0 +1,191 @@
+"""
+What a model said of examples, held against what is true: one table for the model, the constant, and what one would otherwise use.
+
+Shape letters: B examples, K targets, N units that are scored (examples, or subjects), R recordings, T stretches of a recording.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib import scores, seizures
+from lib.cache import Cache
+from lib.seizures import Counts
+from lib.targets import Target
+from lib.windows import SEIZURE
+
+MAIN = {"regression": "nrmse", "classification": "balanced_accuracy"}  # what a table is read by
+
+
+@dataclass
+class Said:
+    """Of examples: per target numbers in its unit (B, 1) or probabilities (B, classes); encoded truth; where they are; loss."""
+
+    said: list[np.ndarray]
+    y_BK: np.ndarray
+    row_B: np.ndarray
+    start_B: np.ndarray
+    loss_K: np.ndarray
+
+
+@dataclass
+class Units:
+    """What is scored of one target: truth (numbers in its unit, or class numbers), what was said, whose it is, and where it is from."""
+
+    y_N: np.ndarray
+    said_N: np.ndarray
+    subject_N: np.ndarray
+    first_N: np.ndarray  # an example of each unit
+
+
+def units(target: Target, k: int, said_BC: np.ndarray, y_BK: np.ndarray, row_B: np.ndarray, cache: Cache) -> Units:
+    """Examples with a known value, or subjects whose examples' predictions are averaged."""
+    known_B = np.isfinite(y_BK[:, k])
+    y_B = y_BK[known_B, k].astype(np.float64)
+    y_B = y_B.astype(np.int64) if target.classes else target.decode(y_B)
+    said_BC, at_B = said_BC[known_B], np.flatnonzero(known_B)
+    subject_B = np.array([cache.recordings[i].subject for i in row_B[known_B]])
+    if target.scored_by == "window" or not len(y_B):
+        return Units(y_B, said_BC, subject_B, at_B)
+    names, first_N, number_B = np.unique(subject_B, return_index=True, return_inverse=True)
+    mean_NC = np.stack([np.bincount(number_B, column) for column in said_BC.T], 1) / np.bincount(number_B)[:, None]
+    return Units(y_B[first_N], mean_NC, names, at_B[first_N])
+
+
+def score_units(target: Target, u: Units, resamples: int) -> dict[str, tuple[float, float, float]]:
+    """Each score of one target with its 95 % interval over subjects."""
+
+    def score(y_N: np.ndarray, said_NC: np.ndarray) -> dict[str, float]:
+        if target.classes:
+            return scores.classification_scores(y_N, said_NC)
+        return scores.regression_scores(y_N, said_NC[:, 0])
+
+    return scores.subject_bootstrap(score, u.subject_N, u.y_N, u.said_N, resamples=resamples)
+
+
+def constant(target: Target, count: int) -> np.ndarray:
+    """What says the same of everything: the training mean, or the training shares of the classes."""
+    if not target.classes:
+        return np.full((count, 1), target.mean)
+    share = 1 / np.array(target.weights)
+    return np.tile(share / share.sum(), (count, 1))
+
+
+# ----------------------------------------------------------------------------
+# seizures
+
+
+@dataclass
+class Timeline:
+    """One recording: probability of a seizure per stretch, and when it was annotated."""
+
+    row: int
+    probability_T: np.ndarray
+    annotated_N2: np.ndarray
+    seconds: float
+
+
+def annotated(cache: Cache, row: int) -> np.ndarray:
+    """The seizures of a recording, s (n, 2)."""
+    row_N, start_N, stop_N = cache.intervals(SEIZURE)
+    return np.stack([start_N, stop_N], 1)[row_N == row]
+
+
+def score_timelines(
+    lines: Sequence[Timeline], found: Sequence[np.ndarray], cache: Cache, rate_hz: float, resamples: int
+) -> dict[str, tuple[float, float, float]]:
+    """
+    Sensitivity, precision, F1 and false alarms a day by every rule, and area under the curves of the stretches, with intervals.
+
+    Resamples without an annotated seizure are undefined and don't count.
+    """
+    pairs = [(line.annotated_N2, f, line.seconds) for line, f in zip(lines, found, strict=True)]
+    counts = {name: [rule(*p) for p in pairs] for name, rule in seizures.RULES.items()}
+    truth = [seizures.mask_of(x.annotated_N2, len(x.probability_T) / rate_hz, rate_hz) for x in lines]
+
+    def score(at_N: np.ndarray) -> dict[str, float]:
+        values = {
+            k: v for name, c in counts.items() for k, v in sum((c[i] for i in at_N), Counts()).rates(name).items()
+        }
+        y_T, p_T = np.concatenate([truth[i] for i in at_N]), np.concatenate([lines[i].probability_T for i in at_N])
+        if 0 < y_T.sum() < len(y_T):
+            values |= {"auroc": scores.area_under_roc(y_T, p_T), "auprc": scores.average_precision(y_T, p_T)}
+        else:
+            values |= dict.fromkeys(("auroc", "auprc"), float("nan"))
+        return values
+
+    subject_N = np.array([cache.recordings[line.row].subject for line in lines])
+    return scores.subject_bootstrap(score, subject_N, np.arange(len(lines)), resamples=resamples)
+
+
+def detected(lines: Sequence[Timeline], detection: dict, rate_hz: float) -> tuple[list[Timeline], list[np.ndarray]]:
+    """Recordings and the seizures found in each, s (n, 2)."""
+    return list(lines), [seizures.detect(line.probability_T, rate_hz, **detection) for line in lines]
+
+
+def choose_detection(lines: Sequence[Timeline], rate_hz: float) -> dict[str, float]:
+    """Threshold and morphology that do best on these recordings."""
+    columns = ([getattr(line, name) for line in lines] for name in ("probability_T", "annotated_N2", "seconds"))
+    return seizures.choose_detection(*columns, rate_hz)[0]
+
+
+def events_tsv(line: Timeline, found_N2: np.ndarray, rate_hz: float) -> str:
+    """The found seizures of a recording as a SzCORE annotation file; confidence is the largest probability in each."""
+    slices = [slice(int(a * rate_hz), max(int(a * rate_hz) + 1, round(b * rate_hz))) for a, b in found_N2]
+    return seizures.events_tsv(found_N2, [line.probability_T[s].max() for s in slices], line.seconds)
+
+
+# ----------------------------------------------------------------------------
+# tables and files
+
+
+def tabulate(
+    targets: Sequence[Target], ways: dict[str, dict], cache: Cache, rate_hz: float, resamples: int
+) -> list[dict]:
+    """One row per target, way to tell it, and score, with its interval; `ways` holds Units, or timelines and found seizures."""
+    table = []
+    for target in targets:
+        for name, said in ways[target.name].items():
+            if target.source == SEIZURE:
+                values = score_timelines(*said, cache, rate_hz, resamples)
+            else:
+                values = score_units(target, said, resamples)
+            for metric, (v, low, high) in values.items():
+                table.append(
+                    {"target": target.name, "model": name, "metric": metric, "value": v, "low": low, "high": high}
+                )
+    return table
+
+
+def pool(pooled: dict[str, dict], ways: dict[str, dict], targets: Sequence[Target]) -> None:
+    """Add what one fold said to what others did; a way that some fold lacks is dropped."""
+    for target in targets:
+        known = pooled.setdefault(target.name, dict.fromkeys(ways[target.name]))
+        for name in list(known):
+            new, old = ways[target.name].get(name), known[name]
+            if new is None:
+                del known[name]
+            elif target.source == SEIZURE:
+                known[name] = new if old is None else (old[0] + new[0], old[1] + new[1])
+            else:
+                columns = (
+                    np.concatenate([getattr(u, n) for u in (old, new) if u])
+                    for n in ("y_N", "said_N", "subject_N", "first_N")
+                )
+                known[name] = Units(*columns)
+
+
+def predictions_csv(targets: Sequence[Target], said: Said, cache: Cache) -> str:
+    """One line per example and target: where it is, what is true, what was said."""
+    lines = ["recording,start_s,target,true,said,probability"]
+    for k, target in enumerate(targets):
+        for b in np.flatnonzero(np.isfinite(said.y_BK[:, k])).tolist():
+            y, told_C = said.y_BK[b, k], said.said[k][b]
+            if target.classes:
+                words = target.classes[int(y)], target.classes[told_C.argmax()], f"{told_C.max():.4f}"
+            else:
+                words = f"{target.decode(y):.6g}", f"{told_C[0]:.6g}", ""
+            where = cache.recordings[said.row_B[b]].key, f"{said.start_B[b] / cache.rate_hz:.3f}"
+            lines.append(",".join([*where, target.name, *words]))
+    return "\n".join([*lines, ""])

@@ -1,0 +1,1030 @@
+"""
+Tell something from EEG: fine-tune an encoder, probe it, or train from scratch, on any target in a cache; phase 3.
+
+    python train_supervised.py --target challenge1 --init runs/jepa-1/encoder.safetensors  # response times, demo cohort
+    python train_supervised.py --target challenge1 challenge2 --init runs/jepa-1/encoder.safetensors  # two tasks at once
+    python train_supervised.py --target sex --mode probe --init runs/jepa-1/encoder.safetensors
+    python train_supervised.py --target seizure --where task=szMonitoring  # events as SzCORE's TSV files
+    python train_supervised.py --evaluate runs/supervised-1/model.safetensors  # opens the test split
+    python train_supervised.py --target task --folds 5                 # every subject scored by a model that never saw it
+    torchrun --nproc-per-node 8 train_supervised.py --preset base      # the same result from 8 processes
+
+Needs a cache (build_cache.py), whose splits are by subject. Models and thresholds are chosen on val; test is opened by --evaluate alone.
+What is kept is runs/NAME/model.safetensors, which says what its outputs mean; every score has a 95 % interval over subjects and stands
+beside the constant and what one would otherwise use (lib/classical.py). To ablate something that is not a flag, copy this file.
+
+Shape letters: B examples, C channels, T samples, K targets, P patches, S stretches, X features, D width.
+"""
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lib import ablation, classical, command, judgement, plot, recovery
+from lib.batches import Part, read_parts
+from lib.cache import Cache
+from lib.errors import Unusable
+from lib.flops import StepCost, matmul_rate
+from lib.lineage import check_leak, inherited, trained_on
+from lib.models import Architecture, build_encoder, load_encoder, signal_meta
+from lib.optim import layer_groups, warmup_cosine
+from lib.precision import DTYPES, autocast, choose_dtype
+from lib.prefetch import Prefetch
+from lib.ranks import Ranks, join
+from lib.readouts import Decoder, Kind, Reading, load_model, save_model
+from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
+from lib.scores import area_under_roc, challenge_score
+from lib.shots import few_shot
+from lib.store import write_atomic
+from lib.targets import WINDOW_S, Examples, Target, balanced, read_targets
+from lib.tensors import load_tensors
+from lib.traits import class_name
+from lib.transfer import Domain, Transfer, groups, moved
+from lib.windows import SEIZURE
+
+EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw the channels of scored windows
+FOLD_TURNS = {"score": (0,), "val": (1,)}  # folds after the present one, by what they are for
+CHUNK, MOST_AT_ONCE = 64, 4096  # windows in a forward pass without gradients, and whose features are kept at once
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    # what
+    target: tuple[str, ...] = (
+        "challenge1",
+    )  # challenge1, challenge2, seizure, columns, event labels (A+B: which of them)
+    mode: Literal["auto", "scratch", "probe", "finetune"] = "auto"  # auto: finetune with --init, else scratch
+    readout: Literal["auto", "mean", "attention", "prelocal", "postlocal", "contextual"] = (
+        "auto"  # from tokens to features; the last three are S-JEPA's; auto: mean for a probe, contextual after events, else attention
+    )
+    filters: int = 8  # spatial filters of a readout, or means of `attention`
+    score_by: Literal["auto", "window", "subject"] = (
+        "auto"  # what one score is of; auto: subject, where a label is constant in each
+    )
+    after_s: float = 0.0  # from an event to its window, s (challenge1 has its own)
+    event_s: float = 0.0  # duration of events that have none, s
+    stretch_s: float = 0.25  # of a seizure's probability, s
+    # data
+    cache: tuple[str, ...] = ("cache/demo",)  # directories written by build_cache.py
+    where: tuple[str, ...] = ()  # only recordings with these values, as in: task=RestingState montage=tuh21
+    window_s: float | None = None  # length of a window, s; none: 2 for the challenge, 16 for seizures, else 4
+    stride_s: float | None = None  # from one window's start to the next, s; none: half a window
+    max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
+    sampler: Literal["uniform", "subject"] = "uniform"  # over windows or subjects; seizures have their own, balanced
+    batch: int = 32  # windows per step, over all ranks
+    micro: int = 0  # windows per forward pass on one device, for memory; 0: all of a montage at once
+    steps: int | None = 300  # optimizer steps; none: from --epochs
+    epochs: float = 20.0  # passes over the training windows; counts if --steps is none
+    # encoder
+    init: str | None = None  # encoder.safetensors to start from; its architecture replaces the flags below
+    encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
+    adapter: Literal["none", "perceiver", "nearest"] = "none"  # montage of its own: learned, or by nearest electrode
+    queries: int = 32  # electrodes of that montage, at most 128
+    d_model: int = 128  # width
+    layers: int = 4  # depth
+    heads: int = 4  # attention heads
+    patch_s: float = 0.5  # length of a token, s
+    # objective
+    move_s: float = (
+        0.3  # training windows of challenge1 are moved by up to so much, and their response times with them, s
+    )
+    class_weights: bool = True  # every class counts alike, however rare
+    task_weights: tuple[str, ...] = ()  # of several targets, as in: challenge1=0.3 challenge2=0.7
+    balance: Literal["fixed", "uncertainty"] = (
+        "fixed"  # weights of several targets: as given, or learned (Kendall 2018)
+    )
+    # optimizer
+    lr: float = 5e-4  # peak of AdamW's learning rate, of the head and the last layer
+    lr_decay: float = 0.75  # from each layer to the one below it, in --mode finetune
+    head_warmup: float = 0.1  # share of the steps in which only the head learns, in --mode finetune
+    unfreeze: float = 0.0  # share of the steps after that over which layers join from the top down; 0: at once
+    weight_decay: float = 0.05  # of weight matrices
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0  # largest gradient norm
+    # evaluation
+    evaluate: str | None = None  # model.safetensors to score on the test split, with its own target and windows
+    transfer: Transfer = "none"  # move features of other people or data sets to the training data's, without labels
+    folds: int = 0  # cross-validation over the subjects of train and val, in so many folds
+    shots: int = 0  # few-shot: prototypes of so many windows per class instead of training, with --init or --evaluate
+    episodes: int = 300  # of --shots
+    val_windows: int = 512  # examples of the val split to choose the model by
+    baseline_windows: int = 2000  # examples that the classical baselines are fitted on; 0: no baselines
+    resamples: int = 300  # of the subjects, for intervals
+    occlusion_windows: int = 128  # examples for what electrodes and bands matter; 0: leave it out
+    keep: int = 3  # models of lowest val_loss kept in best/; the best is the result
+    lineage: tuple[str, ...] = ()  # run whole lineages instead: full no_contrastive no_auxiliary supervised_only
+    pretrain_steps: int = 400  # of each earlier phase, in --lineage
+    autopsy: bool = False  # dead units, gradients and activations per layer, worst windows
+    allow_leak: bool = False  # evaluate people and labels that an --init was trained on
+
+
+PRESETS = {
+    "mini": {},
+    "base": dict(queries=128, d_model=512, layers=12, heads=8, batch=128, max_channels=0, steps=None, lr=2e-4, val_windows=4096,
+                 resamples=1000, warmup=0.05, log_every=20, eval_every=500, save_every=500),
+    "full": dict(queries=128, d_model=768, layers=16, heads=12, batch=512, max_channels=0, steps=None, lr=2e-4, val_windows=8192,
+                 resamples=1000, warmup=0.05, log_every=20, eval_every=500, save_every=500),
+}  # fmt: skip
+
+
+@dataclass
+class Piece:
+    """A micro-batch and what is to be said of it: encoded values (B, K), or which stretches are seizure (B, S)."""
+
+    part: Part
+    y: torch.Tensor
+
+    def to(self, device: torch.device) -> "Piece":
+        """The same on another device."""
+        return self if device.type == "cpu" else Piece(self.part.to(device), self.y.to(device, non_blocking=True))
+
+
+def draw(
+    examples: Examples, ids_B: np.ndarray, index_B: np.ndarray, cfg: Config, micro: int, step: int, move_s: float = 0.0
+) -> list[Piece]:
+    """Read examples in micro-batches; what happens to one depends on (seed, step, its index in the global batch) alone."""
+    row_B, start_B, y_BK = examples.moved(ids_B, move_s, cfg.seed, step, index_B)
+    shape = (examples.samples, index_B, cfg.max_channels, micro, cfg.seed, step)
+    parts = read_parts(examples.cache, row_B, start_B, *shape)
+    if examples.coverage:
+        y_BK = examples.seizures(row_B, start_B, cfg.stretch_s)
+    return [Piece(part, torch.from_numpy(y_BK[np.searchsorted(index_B, part.index_B)])) for part in parts]
+
+
+class TaskWeights(nn.Module):
+    """One number from the losses of several targets: a weighted mean, or weights learned as variances (Kendall 2018, equation 7)."""
+
+    def __init__(self, weights: list[float], learned: bool):
+        super().__init__()
+        self.learned = learned
+        self.register_buffer("weight_K", torch.tensor(weights))
+        self.log_variance_K = nn.Parameter(torch.zeros(len(weights)), requires_grad=learned)
+
+    def forward(self, loss_K: torch.Tensor, share: float) -> torch.Tensor:
+        """Of `share` of a global batch; shares add up."""
+        if self.learned:
+            loss_K = (-self.log_variance_K).exp() * loss_K + share * self.log_variance_K
+        return (self.weight_K * loss_K).sum() / self.weight_K.sum()
+
+
+def choose_sampler(cfg: Config, train: Examples):
+    """The sampler of the training examples. Raises Unusable."""
+    recordings = train.cache.recordings
+    try:
+        if train.coverage:
+            return SeizureSampler(*train.windows.seizure_ids(), len(train), cfg.batch, cfg.seed)
+        if cfg.sampler == "subject":
+            return SubjectSampler(train.ranges([r.subject for r in recordings]).values(), cfg.batch, cfg.seed)
+        if len(kinds := train.kinds()) > 1:  # windows along recordings would drown those of events
+            return DatasetSampler(kinds, dict.fromkeys(kinds, 1.0), cfg.batch, cfg.seed)
+        return UniformSampler(len(train), cfg.batch, cfg.seed)
+    except ValueError as error:
+        raise Unusable(f"--target {' '.join(cfg.target)}: the training split can't be sampled: {error}") from error
+
+
+def choose_rows(cfg: Config, cache: Cache, split: str | None) -> list[int]:
+    """Recordings of a split (None: train and val) that --where leaves, for seizures only of data sets that have any. Raises Unusable."""
+    rows = [i for i, r in enumerate(cache.recordings) if r.split in ((split,) if split else ("train", "val"))]
+    for word in cfg.where:
+        name, equals, value = word.partition("=")
+        if not equals or name not in {*cache.columns(), "task", "dataset", "session", "run", "subject"}:
+            raise Unusable(
+                f"--where {word}: expected COLUMN=VALUE; there are: {', '.join(cache.columns())}, task, dataset"
+            )
+        column = cache.column(name)
+        rows = [i for i in rows if class_name(column[i]) == value]
+    if cfg.target == (SEIZURE,):
+        marked = {cache.recordings[i].dataset for i in np.unique(cache.intervals(SEIZURE)[0])}
+        rows = [i for i in rows if cache.recordings[i].dataset in marked]
+    if not rows:
+        raise Unusable(
+            f"no recording in split {split or 'train and val'} of {', '.join(map(str, cache.paths))} {' '.join(cfg.where)}"
+        )
+    return rows
+
+
+def lengths(cfg: Config) -> tuple[float, float]:
+    """Length and stride of windows, s."""
+    window_s = cfg.window_s or min((WINDOW_S[t] for t in cfg.target if t in WINDOW_S), default=4.0)
+    return window_s, cfg.stride_s or window_s / 2
+
+
+def check(cfg: Config) -> None:
+    """Raises Unusable for flags that make no sense, alone or together."""
+    for (
+        name
+    ) in "batch filters lr clip log_every val_windows steps epochs window_s stride_s stretch_s keep episodes".split():
+        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
+            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
+    for (
+        name
+    ) in "micro max_channels eval_every save_every weight_decay seed move_s shots baseline_windows resamples".split():
+        if getattr(cfg, name) < 0:
+            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
+    if not (0 <= cfg.warmup <= 1 and 0 <= cfg.head_warmup <= 1 and 0 <= cfg.unfreeze <= 1 and 0 < cfg.lr_decay <= 1):
+        raise Unusable("--warmup, --head-warmup and --unfreeze must lie in 0 to 1, and --lr-decay above 0 and up to 1")
+    if cfg.folds in (1, 2) or cfg.folds < 0:
+        raise Unusable(f"--folds {cfg.folds}: at least three (to train on, choose by and score), or 0 for none")
+    if cfg.mode in ("probe", "finetune") and not cfg.init:
+        raise Unusable(f"--mode {cfg.mode} needs an encoder: --init runs/NAME/encoder.safetensors")
+    if cfg.mode == "scratch" and cfg.init:
+        raise Unusable("--mode scratch starts from nothing: leave out --init, or take --mode finetune")
+    if cfg.mode == "probe" and cfg.readout not in ("auto", "mean", "contextual"):
+        raise Unusable(
+            f"--mode probe fits the head in one go and can't train --readout {cfg.readout}: take mean or contextual"
+        )
+    if cfg.mode == "probe" and cfg.target == (SEIZURE,):
+        raise Unusable(
+            "--mode probe has no output per stretch: take --mode finetune with --head-warmup 1 for a frozen encoder"
+        )
+    if cfg.shots and not (cfg.init or cfg.evaluate):
+        raise Unusable("--shots needs an encoder that knows something: --init FILE, or --evaluate MODEL")
+    if sum(map(bool, (cfg.folds, cfg.shots, cfg.evaluate))) > 1 and not (cfg.shots and cfg.evaluate and not cfg.folds):
+        raise Unusable("--folds goes with neither --shots nor --evaluate")
+
+
+def start_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
+    """The encoder to start from and the lineage of the file it comes from. Raises Unusable."""
+    if cfg.init:
+        encoder, init = load_encoder(cfg.init, cache)
+        return encoder, inherited(init, cfg.init)
+    patch = round(cfg.patch_s * cache.rate_hz)
+    if patch != cfg.patch_s * cache.rate_hz:
+        raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
+    return build_encoder(Architecture(*sizes)), []
+
+
+def readout_of(cfg: Config, targets: list[Target]) -> Kind:
+    """The readout asked for; by itself one that keeps the order of patches where windows follow events."""
+    if cfg.readout != "auto":
+        return cfg.readout
+    return "mean" if cfg.mode == "probe" else "contextual" if any(t.source == "event" for t in targets) else "attention"
+
+
+def plan_reading(cfg: Config, examples: Examples, patch: int) -> Reading:
+    """The readout that fits the windows. Raises Unusable."""
+    if examples.samples % patch:
+        raise Unusable(
+            f"--window-s {examples.samples / examples.cache.rate_hz:g} is {examples.samples} samples, no whole number of patches of {patch} "
+            "(--patch-s or --init)"
+        )
+    stretches = patch / (cfg.stretch_s * examples.cache.rate_hz) if examples.coverage else 0
+    if stretches % 1:
+        raise Unusable(f"--stretch-s {cfg.stretch_s:g} doesn't divide a patch of {patch / examples.cache.rate_hz:g} s")
+    return Reading(readout_of(cfg, examples.targets), examples.samples // patch, cfg.filters, int(stretches))
+
+
+def parameter_groups(cfg: Config, decoder: Decoder, weights: TaskWeights, mode: str, steps: int) -> list[dict]:
+    """
+    AdamW groups with `scale`, a factor of the learning rate, and `joins`, the step from which they learn.
+
+    Fine-tuning: the head first, then the encoder, each layer --lr-decay times as fast as the one above, from the top down.
+    """
+    head = nn.ModuleList([decoder.readout, decoder.heads, weights])
+    groups = layer_groups(decoder.encoder, head, 0.5, cfg.weight_decay)  # 1/2 per layer, so that its depth can be read
+    below = {id(p) for p in decoder.encoder.parameters()}
+    deepest = max(round(-math.log2(group["scale"])) for group in groups)
+    for group in groups:
+        depth, group["joins"] = round(-math.log2(group["scale"])), 0
+        group["scale"] = 1.0
+        if mode == "finetune" and id(group["params"][0]) in below:
+            group["scale"] = cfg.lr_decay**depth
+            group["joins"] = round(steps * (cfg.head_warmup + cfg.unfreeze * depth / max(1, deepest)))
+    return groups
+
+
+# ----------------------------------------------------------------------------
+# what a model says
+
+
+@torch.no_grad()
+def features(
+    decoder: Decoder, examples: Examples, ids: np.ndarray, cfg: Config, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the heads see of examples, and what is true of them, in their order, on the CPU."""
+    device, z, y = next(decoder.parameters()).device, [], []
+    for first in range(0, len(ids), CHUNK):
+        index = np.arange(first, min(first + CHUNK, len(ids)))
+        pieces = draw(examples, ids[index], index, cfg, cfg.micro, EVAL_STEP)
+        with autocast(device.type, dtype):
+            z_BX = torch.cat([decoder.features(p.to(device).part).float().cpu() for p in pieces])
+        order = torch.from_numpy(np.argsort(np.concatenate([p.part.index_B for p in pieces])))
+        z.append(z_BX[order])
+        y.append(torch.cat([p.y for p in pieces])[order])
+    return torch.cat(z), torch.cat(y)
+
+
+@torch.no_grad()
+def predict(
+    decoder: Decoder, examples: Examples, ids: np.ndarray, cfg: Config, dtype: str, source: Domain | None = None
+) -> judgement.Said:
+    """What the model says of examples, window by window, after moving their features where --transfer and `source` say so."""
+    device, said, losses, y = next(decoder.parameters()).device, [], [], []
+    row_B, start_B = examples.locate(ids)
+    if source and decoder.reading.stretches:
+        raise Unusable("--transfer moves features of windows, not of the stretches of seizures")
+    for first in range(0, len(ids), len(ids) if source else MOST_AT_ONCE):
+        some = slice(first, first + (len(ids) if source else MOST_AT_ONCE))
+        z_BX, y_BK = features(decoder, examples, ids[some], cfg, dtype)
+        if source:
+            at_BX = moved(z_BX.numpy(), groups(examples.cache, row_B, cfg.transfer), cfg.transfer, source)
+            z_BX = torch.from_numpy(at_BX).float()
+        out = decoder.read(z_BX.to(device))
+        losses.append(decoder.loss(out, y_BK.to(device)).double().cpu())
+        said.append([o.double().cpu().numpy() for o in decoder.say(out)])
+        y.append(y_BK.numpy())
+    y_BK = np.concatenate(y)
+    known_K = np.array([len(ids)]) if examples.coverage else np.maximum(np.isfinite(y_BK).sum(0), 1)
+    told = [np.concatenate([s[k] for s in said]) for k in range(len(decoder.targets))]
+    return judgement.Said(told, y_BK, row_B, start_B, torch.stack(losses).sum(0).numpy() / known_K)
+
+
+@torch.no_grad()
+def timelines(
+    decoder: Decoder, examples: Examples, rows: list[int], cfg: Config, dtype: str
+) -> list[judgement.Timeline]:
+    """The probability of a seizure along whole recordings: windows that overlap by half, and what they say of a stretch averaged."""
+    cache, device, samples = examples.cache, next(decoder.parameters()).device, examples.samples
+    stretch, lines = round(cfg.stretch_s * cache.rate_hz), []
+    for row in rows:
+        r = cache.recordings[row]
+        total = np.zeros((2, -(-r.samples // stretch)))
+        starts = [
+            list(range(a, b - samples + 1, samples // 2)) + [b - samples] for a, b in r.segments if b - a >= samples
+        ]
+        start_B = np.unique(np.array([s for some in starts for s in some], np.int64) // stretch * stretch)
+        for first in range(0, len(start_B), CHUNK):
+            index = np.arange(first, min(first + CHUNK, len(start_B)))
+            shape = (samples, index, cfg.max_channels, cfg.micro, cfg.seed, EVAL_STEP)
+            for part in read_parts(cache, np.full(len(index), row), start_B[index], *shape):
+                with autocast(device.type, dtype):
+                    said_BS = decoder.say(decoder(part.to(device)))[0].cpu().numpy()
+                for said_S, start in zip(said_BS, start_B[part.index_B] // stretch, strict=True):
+                    total[:, start : start + len(said_S)] += np.stack([said_S, np.ones(len(said_S))])
+        probability_T = total[0] / np.maximum(total[1], 1)
+        lines.append(judgement.Timeline(row, probability_T, judgement.annotated(cache, row), r.samples / cache.rate_hz))
+    return lines
+
+
+def score_all(
+    cfg: Config, decoder: Decoder, examples: Examples, rows: list[int], dtype: str, kept: dict, source: Domain | None
+) -> dict:
+    """
+    What the model, the constant and the classical baselines say of recordings `rows`: per target and way Units, or timelines and events.
+
+    `kept` has what was chosen and fitted on train and val: `detection`, `seconds` and `detection_seconds` for seizures, or `baselines`.
+    """
+    cache = examples.cache
+    if examples.coverage:
+        lines = timelines(decoder, examples, rows, cfg, dtype)
+        ways = {"model": judgement.detected(lines, kept["detection"], 1 / cfg.stretch_s)}
+        ways["constant"] = lines, [np.empty((0, 2))] * len(lines)  # never a seizure
+        if kept["seconds"] is not None:
+            own = classical_timelines(cache, kept["seconds"], lines, cfg)
+            ways["band_power"] = judgement.detected(own, kept["detection_seconds"], 1 / cfg.stretch_s)
+        return {"ways": {SEIZURE: ways}, "said": None}
+    said = predict(decoder, examples, np.arange(len(examples)), cfg, dtype, source)
+    ways: dict = {}
+    for k, target in enumerate(decoder.targets):
+        own = judgement.units(target, k, said.said[k], said.y_BK, said.row_B, cache)
+        if not len(own.y_N):
+            raise Unusable(f"--target {target.name}: no example of the recordings to be scored has a known value")
+        ways[target.name] = {"model": own, "constant": replace(own, said_N=judgement.constant(target, len(own.y_N)))}
+        known_B = np.flatnonzero(np.isfinite(said.y_BK[:, k]))
+        for baseline in kept["baselines"][k]:
+            if not baseline.sites.fits(cache, np.unique(said.row_B[known_B]).tolist()):
+                print(
+                    f"{baseline.name} of {target.name} is left out: other electrodes than it was fitted on",
+                    file=sys.stderr,
+                )
+                continue
+            told_BC = np.full((len(said.row_B), max(1, len(target.classes))), np.nan)
+            told_BC[known_B] = baseline.say(cache, target, said.row_B[known_B], said.start_B[known_B], examples.samples)
+            ways[target.name][baseline.name] = judgement.units(target, k, told_BC, said.y_BK, said.row_B, cache)
+    return {"ways": ways, "said": said}
+
+
+def classical_timelines(cache: Cache, seconds: classical.Linear, lines: list[judgement.Timeline], cfg: Config) -> list:
+    """The same recordings as the classical baseline sees them."""
+    return [replace(x, probability_T=classical.along(cache, seconds, x.row, cfg.stretch_s)) for x in lines]
+
+
+def summary(cfg: Config, targets: list[Target], ways: dict, cache: Cache) -> tuple[list[dict], dict]:
+    """The table of all scores, and from it: the model's, their intervals, and what stands beside them."""
+    table = judgement.tabulate(targets, ways, cache, 1 / cfg.stretch_s, cfg.resamples)
+    flat: dict = {}
+    for row in table:
+        flat.setdefault(row["model"], {})[f"{row['target']}_{row['metric']}"] = [row["value"], row["low"], row["high"]]
+    mine = flat.pop("model")
+    metrics = {name: value for name, (value, _, _) in mine.items()}
+    if {"challenge1_nrmse", "challenge2_nrmse"} <= metrics.keys():
+        metrics["challenge_score"] = challenge_score(metrics["challenge1_nrmse"], metrics["challenge2_nrmse"])
+    results = {"metrics": metrics, "intervals": {name: [low, high] for name, (_, low, high) in mine.items()}}
+    return table, results | {"baselines": flat, "scored_by": {t.name: t.scored_by for t in targets}}
+
+
+def validation(decoder: Decoder, said: judgement.Said, cache: Cache) -> dict[str, float]:
+    """What the log says of the val split: the loss that the model is chosen by, and each target's main score."""
+    values = {"val_loss": float(said.loss_K.mean())}
+    if decoder.reading.stretches:
+        y, p = said.y_BK.ravel() > 0, said.said[0].ravel()
+        return values | {"val_seizure_auroc": area_under_roc(y, p) if 0 < y.sum() < len(y) else math.nan}
+    for k, target in enumerate(decoder.targets):
+        u = judgement.units(target, k, said.said[k], said.y_BK, said.row_B, cache)
+        name = judgement.MAIN[target.kind]
+        if len(u.y_N):
+            every = judgement.score_units(target, u, 0)
+            values[f"val_{target.name}_{name}"] = every[name][0]
+    return values
+
+
+def val_ids(cfg: Config, val: Examples) -> np.ndarray:
+    """Examples that the model is chosen by: spread evenly, and as many around seizures where they are the target."""
+    ids = val.even(cfg.val_windows)
+    if val.coverage:
+        seizure = np.concatenate(val.windows.seizure_ids())
+        ids = np.union1d(ids, np.sort(seizure)[:: max(1, len(seizure) // cfg.val_windows)])
+    return ids
+
+
+# ----------------------------------------------------------------------------
+# training
+
+
+def fit_probe(cfg: Config, decoder: Decoder, train: Examples, dtype: str) -> None:
+    """
+    Fit the heads on frozen features at once: ridge or logistic regression, penalty by cross-validation over subjects.
+
+    --transfer moves the training features too, so that heads learn from what they will see.
+    """
+    ids = train.even(0)
+    z_BX, y_BK = (t.double().numpy() for t in features(decoder, train, ids, cfg, dtype))
+    row_B, _ = train.locate(ids)
+    z_BX = moved(z_BX, groups(train.cache, row_B, cfg.transfer), cfg.transfer, Domain.of(z_BX))
+    subject_B = np.array([train.cache.recordings[i].subject for i in row_B])
+    for k, (target, head) in enumerate(zip(decoder.targets, decoder.heads, strict=True)):
+        known_B = np.isfinite(y_BK[:, k])
+        y_B = y_BK[known_B, k].astype(int) if target.classes else y_BK[known_B, k]
+        linear = classical.fit_linear(z_BX[known_B], y_B, subject_B[known_B], len(target.classes))
+        weight_XO = linear.weight_FK / linear.spread_F[:, None]
+        with torch.no_grad():
+            head.weight.copy_(torch.from_numpy(weight_XO.T))
+            head.bias.copy_(torch.from_numpy(linear.bias_K - linear.centre_F @ weight_XO))
+
+
+def trial(decoder: Decoder, piece: Piece) -> Callable[[str], None]:
+    """Forward and backward pass of a throwaway copy, in a number format."""
+    decoder = copy.deepcopy(decoder)
+
+    def work(dtype: str) -> None:
+        with autocast(piece.y.device.type, dtype):
+            out = decoder(piece.part)
+        decoder.loss(out, piece.y).sum().backward()
+
+    return work
+
+
+def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> tuple[dict | None, dict | None]:
+    """
+    Train on recordings `rows["train"]`, choose on `rows["val"]`, score `rows["score"]`; leaves a run directory.
+
+    Returns the results and what was said, on the first process.
+    """
+    device = ranks.device
+    torch.manual_seed(cfg.seed)
+    encoder, lineage = start_encoder(cfg, cache)
+    mode = ("finetune" if cfg.init else "scratch") if cfg.mode == "auto" else cfg.mode
+    patch, (window_s, stride_s) = encoder.architecture.patch, lengths(cfg)
+    samples = round(window_s * cache.rate_hz)
+    targets = read_targets(cache, cfg.target, rows["train"], samples, cfg.after_s, cfg.event_s, cfg.score_by)
+    train, val, score = (
+        Examples(cache, targets, rows[k], window_s, stride_s, cfg.event_s) for k in ("train", "val", "score")
+    )
+    if cfg.class_weights:
+        targets = train.targets = val.targets = score.targets = balanced(targets, train)
+    reading = plan_reading(cfg, train, patch)
+    held_out = {cache.recordings[i].subject for k in ("val", "score") for i in rows[k]}
+    held_out |= {r.subject for r in cache.recordings if r.split == "test"}
+    check_leak(lineage, held_out, labels_of(targets), cfg.allow_leak)
+    sampler, share = choose_sampler(cfg, train), ranks.share(cfg.batch)
+    if train.coverage and not len(np.concatenate(val.windows.seizure_ids())):
+        raise Unusable("--target seizure: the val split has no seizure, and a threshold can't be chosen without one")
+    steps = cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
+    steps = 0 if mode == "probe" else steps
+    warmup = max(1, round(cfg.warmup * steps))
+    wanted = {name: float(w) for name, _, w in (word.partition("=") for word in cfg.task_weights)}
+    if unknown := sorted(set(wanted) - {t.name for t in targets}):
+        raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
+
+    run = Run(cfg, __file__, ranks)
+    if not cfg.init:
+        pieces = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, 0)
+        encoder.embed.calibrate(torch.cat([p.part.good_patches(patch) for p in pieces]))
+    decoder = Decoder(encoder, reading, targets).to(device).train()
+    weights = TaskWeights([wanted.get(t.name, 1.0) for t in targets], cfg.balance == "uncertainty").to(device)
+    modules = {"decoder": decoder, "weights": weights}
+    optimizer = torch.optim.AdamW(parameter_groups(cfg, decoder, weights, mode, max(1, steps)), lr=cfg.lr, fused=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {"step": 0, "dtype": None, "recent": [], "best": []} | recovery.fresh(cfg.micro)
+    if cfg.resume:
+        state |= run.restore(modules, optimizer)
+    if not state["dtype"]:
+        some = share if device.type == "cuda" else share[:16]
+        piece = draw(train, sampler.ids(0)[some], some, cfg, cfg.micro, 0)[0].to(device)
+        state["dtype"] = "float32" if mode == "probe" else choose_dtype(cfg.dtype, trial(decoder, piece), ranks)
+    meta = signal_meta(cache) | trained_on(cache, rows["train"]) | {"run": run.name, "lineage": lineage, "mode": mode}
+    meta |= {"window_s": window_s, "stride_s": stride_s, "event_s": cfg.event_s, "stretch_s": cfg.stretch_s}
+    meta |= {"max_channels": cfg.max_channels, "seed": cfg.seed, "where": list(cfg.where), "transfer": cfg.transfer}
+    val_at = val_ids(cfg, val) if ranks.first else np.empty(0, np.int64)
+
+    def watch() -> dict[str, float]:
+        decoder.eval()
+        values = validation(decoder, predict(decoder, val, val_at, cfg, state["dtype"]), cache)
+        if path := run.among_best(state, values["val_loss"], cfg.keep):
+            save_model(path, decoder, meta | {"step": state["step"]})
+        decoder.train()
+        return values
+
+    if state["step"] == 0 and mode != "probe" and not state["best"]:
+        if ranks.first:
+            run.log(0, **watch())
+        run.save(state, modules, optimizer)
+    told_by = torch.compile(decoder) if cfg.compile else decoder
+    if steps:
+        cost = StepCost(lambda piece: decoder.loss(decoder((p := piece.to(device)).part), p.y), decoder)
+        rate = matmul_rate(DTYPES[state["dtype"]], device)
+
+    def batch_of(step: int) -> tuple[list[Piece], np.ndarray]:
+        ids = sampler.ids(step)
+        known_K = (
+            np.array([cfg.batch]) if train.coverage else np.isfinite(train.values(ids)).sum(0)
+        )  # in the global batch
+        return draw(train, ids[share], share, cfg, state["micro"], step, cfg.move_s), known_K
+
+    loader = Prefetch(batch_of, state["step"], steps)
+    bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
+    pace = Pace(device)
+    for step, (pieces, known_K) in loader:
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        lr = warmup_cosine(step, steps, cfg.lr, warmup) * state["lr_scale"]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"] * (step >= group["joins"])
+        count_K = torch.from_numpy(np.maximum(known_K, 1)).to(device)
+        sums_K, total = torch.zeros(len(targets), device=device), torch.zeros((), device=device)
+        try:
+            for piece in (p.to(device) for p in pieces):
+                with autocast(device.type, state["dtype"]):
+                    out = told_by(piece.part)
+                loss_K = decoder.loss(out, piece.y) / count_K
+                loss = weights(loss_K, len(piece.y) / cfg.batch)
+                loss.backward()
+                sums_K += loss_K.detach()
+                total += loss.detach()
+        except RuntimeError as error:  # out of memory, or raised again
+            recovery.halve(error, run, state, max(len(p.y) for p in pieces))
+            loader.seek(step)
+            continue
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        loss, stop, *losses = ranks.sum([p.grad for p in parameters], [total, run.stop, *sums_K])
+        norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
+        if recovery.sound(state, loss, norm):
+            optimizer.step()
+            state["recent"].append((loss, norm, *losses))
+        elif recovery.skip(run, state, loss, norm, sampler.ids(step).tolist()):
+            recovery.go_back(run, state, modules, optimizer)
+            loader.seek(state["step"])
+            bar.update(state["step"] - step)
+            continue
+        tokens = sum(p.part.x_BCT.shape[0] * p.part.x_BCT.shape[1] * reading.patches for p in pieces) * ranks.world
+        pace.add(began, cfg.batch, tokens)
+        bar.update()
+
+        state["step"] = done = step + 1
+        last, values = done == steps, {}
+        if ranks.first and (last or due(done, cfg.eval_every)):
+            values = watch()
+        if values or last or due(done, cfg.log_every):
+            means = np.mean(state["recent"] or [(math.nan,) * (2 + len(targets))], axis=0).tolist()
+            names = ("loss", "grad_norm", *(f"loss_{t.name}" for t in targets))
+            state["recent"] = []
+            counts = {name: state[name] for name in ("skipped", "rollbacks")}
+            speed = pace.take(loader, sum(map(cost, pieces)) / rate)
+            run.log(done, **dict(zip(names, means, strict=True)), lr=lr, **counts, **values, **speed)
+            bar.set_postfix(loss=f"{means[0]:.4f}", **{k: f"{v:.3g}" for k, v in values.items()})
+        on_time = last or due(done, cfg.save_every)
+        if last or (on_time or stop) and not state["streak"]:
+            run.save(state, modules, optimizer, on_time)
+        if stop and not last:
+            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
+            raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
+    bar.close()
+    loader.close()
+
+    results, ways = None, None
+    if ranks.first:
+        if mode == "probe":
+            fit_probe(cfg, decoder.eval(), train, state["dtype"])
+            source = Domain.of(features(decoder, train, train.even(0), cfg, state["dtype"])[0].double().numpy())
+            moves = source if cfg.transfer != "none" else None
+            run.log(0, **validation(decoder, predict(decoder, val, val_at, cfg, state["dtype"], moves), cache))
+        chosen = state["best"][0][1] if state["best"] else state["step"]
+        if state["best"]:
+            decoder = load_model(run.directory / "best" / f"step-{chosen:06d}.safetensors", cache)[0].to(device)
+        results, ways = finish(
+            cfg, run, decoder, {"train": train, "val": val, "score": score}, rows, state, meta | {"step": chosen}
+        )
+    run.close()
+    return results, ways
+
+
+def finish(
+    cfg: Config, run: Run, decoder: Decoder, examples: dict[str, Examples], rows: dict, state: dict, meta: dict
+) -> tuple[dict, dict]:
+    """What a run leaves: the model with its thresholds and baselines, scores, report. Its results, and what was said."""
+    train, val, score = (examples[k] for k in ("train", "val", "score"))
+    dtype, cache, tensors, source = state["dtype"], train.cache, {}, None
+    kept: dict = {
+        "detection": None,
+        "detection_seconds": None,
+        "seconds": None,
+        "baselines": [[] for _ in decoder.targets],
+    }
+    if train.coverage:
+        lines = timelines(decoder, val, rows["val"], cfg, dtype)
+        kept["detection"] = judgement.choose_detection(lines, 1 / cfg.stretch_s)
+        if cfg.baseline_windows:
+            kept["seconds"] = classical.fit_seconds(cache, train, rows["train"], 4 * cfg.baseline_windows)
+        if kept["seconds"]:
+            own = classical_timelines(cache, kept["seconds"], lines, cfg)
+            kept["detection_seconds"] = judgement.choose_detection(own, 1 / cfg.stretch_s)
+            tensors |= {f"baseline.seconds.{n}": torch.from_numpy(a) for n, a in vars(kept["seconds"]).items()}
+    else:
+        if cfg.baseline_windows:
+            run.say("fitting the classical baselines")
+            made = range(len(decoder.targets))
+            kept["baselines"] = [classical.fit_baselines(cache, train, k, cfg.baseline_windows) for k in made]
+        z_BX, _ = features(decoder, train, train.even(cfg.baseline_windows or 1000), cfg, dtype)
+        source = Domain.of(z_BX.double().numpy())
+        tensors |= source.tensors()
+    described, packed = classical.pack(kept["baselines"])
+    meta |= {"baselines": described, "detection": kept["detection"], "detection_seconds": kept["detection_seconds"]}
+    path = run.directory / "model.safetensors"
+    save_model(path, decoder, meta, tensors | packed)
+    found = score_all(cfg, decoder, score, rows["score"], dtype, kept, source if cfg.transfer != "none" else None)
+    lines = run.lines()
+    plot.curves(lines, run.directory / "curves.png")
+    speeds = [line["windows_per_s"] for line in lines if line.get("windows_per_s")]
+    results = {
+        "run": str(run.directory),
+        "step": state["step"],
+        "chosen_step": meta["step"],
+        "mode": meta["mode"],
+        "model": str(path),
+    }
+    results |= {
+        "scored": "val, by which the model was chosen: --evaluate opens test",
+        "dtype": dtype,
+        "detection": kept["detection"],
+    }
+    results |= {
+        "examples": {name: len(e) for name, e in examples.items()},
+        "parameters": sum(p.numel() for p in decoder.parameters()),
+    }
+    results |= {"windows_per_s": float(np.median(speeds)) if speeds else 0.0}
+    return leave(cfg, run, decoder, score, found, results, dtype), found["ways"]
+
+
+def leave(cfg: Config, run: Run, decoder: Decoder, examples: Examples, found: dict, results: dict, dtype: str) -> dict:
+    """Write scores, predictions or events, and the report of a run; the results with all of it."""
+    cache, folder, ways = examples.cache, run.directory, found["ways"]
+    table, scored = summary(cfg, decoder.targets, ways, cache)
+    results |= scored | {"scores": str(folder / "scores.json"), "report": str(folder / "report.html")}
+    write_atomic(folder / "scores.json", json.dumps(json.loads(command.json_line(table)), indent=1).encode())
+    if SEIZURE in ways and examples.coverage:
+        results["events"] = str(folder / "events")
+        (folder / "events").mkdir(exist_ok=True)
+        for line, intervals in zip(*ways[SEIZURE]["model"], strict=True):
+            name = cache.recordings[line.row].key.replace("/", "_")
+            write_atomic(
+                folder / "events" / f"{name}.tsv", judgement.events_tsv(line, intervals, 1 / cfg.stretch_s).encode()
+            )
+    else:
+        results["predictions"] = str(folder / "predictions.csv")
+        write_atomic(
+            folder / "predictions.csv", judgement.predictions_csv(decoder.targets, found["said"], cache).encode()
+        )
+    explained = explain(cfg, decoder, examples, dtype)
+    results |= {name: explained[name] for name in ("autopsy", "worst") if name in explained}
+    results["seconds"] = round(run.seconds(), 1)
+    write_report(cfg, run, decoder.targets, examples, ways, table, results, explained)
+    return results
+
+
+# ----------------------------------------------------------------------------
+# what the report says beside the scores
+
+
+def explain(cfg: Config, decoder: Decoder, examples: Examples, dtype: str) -> dict:
+    """Which electrodes and bands matter and, for --autopsy, what goes on in each layer and the windows with the largest loss."""
+    from lib.autopsy import autopsy
+    from lib.occlusion import occlusion, sites_of
+
+    device, explained = next(decoder.parameters()).device, {}
+    ids = examples.even(cfg.occlusion_windows)
+    if cfg.occlusion_windows:
+        parts, losses = [], []
+        for first in range(0, len(ids), CHUNK):
+            index = np.arange(first, min(first + CHUNK, len(ids)))
+            for piece in draw(examples, ids[index], index, cfg, cfg.micro, EVAL_STEP):
+                parts.append(piece.part)
+                losses.append(piece.y.to(device))
+
+        @torch.no_grad()
+        def loss_of(part: Part, i: int) -> float:
+            with autocast(device.type, dtype):
+                out = decoder(part.to(device))
+            return float(decoder.loss(out, losses[i]).sum()) / len(ids)
+
+        rows = np.unique(examples.locate(ids)[0]).tolist()
+        explained["sites"], explained["bands"] = occlusion(
+            loss_of, parts, sites_of(examples.cache, rows), examples.cache.rate_hz
+        )
+    if cfg.autopsy:
+        index = np.arange(min(len(ids), CHUNK))
+        pieces = [p.to(device) for p in draw(examples, ids[index], index, cfg, cfg.micro, EVAL_STEP)]
+
+        def loss() -> torch.Tensor:
+            return sum(decoder.loss(decoder(p.part), p.y).sum() for p in pieces) / len(index)
+
+        explained["autopsy"] = autopsy(decoder, loss)
+        explained["worst"] = worst(cfg, decoder, examples, dtype)
+    return explained
+
+
+@torch.no_grad()
+def worst(cfg: Config, decoder: Decoder, examples: Examples, dtype: str, most: int = 10) -> list[dict]:
+    """The examples with the largest loss, of at most MOST_AT_ONCE spread evenly."""
+    ids, device = examples.even(MOST_AT_ONCE), next(decoder.parameters()).device
+    z_BX, y_BK = (t.to(device) for t in features(decoder, examples, ids, cfg, dtype))
+    loss_B = torch.stack([decoder.loss(decoder.read(z[None]), y[None]).sum() for z, y in zip(z_BX, y_BK, strict=True)])
+    order = loss_B.argsort(descending=True)[:most].cpu().numpy()
+    row_B, start_B = examples.locate(ids[order])
+    recordings, rate_hz = examples.cache.recordings, examples.cache.rate_hz
+    return [
+        {"recording": recordings[row].key, "start_s": start / rate_hz, "loss": float(loss_B[i])}
+        for i, row, start in zip(order, row_B, start_B.tolist(), strict=True)
+    ]
+
+
+def write_report(
+    cfg: Config, run: Run, targets: list[Target], examples: Examples, ways: dict, table: list[dict], results: dict, explained: dict
+) -> None:  # fmt: skip
+    """runs/NAME/report.html."""
+    from lib import report  # here, as it brings matplotlib, which takes a second
+
+    cache = examples.cache
+    opened = results["scored"] == "test"
+    words = f"Scored on {results['scored']}. " + (
+        "The test split was opened for this page: choose nothing by it." if opened else ""
+    )
+    told, people = "", ""
+    for target in targets:
+        if target.source == SEIZURE:
+            lines, found = ways[SEIZURE]["model"]
+            names = [cache.recordings[line.row].key for line in lines]
+            told += report.seizure_timeline(lines, found, names, results["detection"]["threshold"])
+        else:
+            own = ways[target.name]["model"]
+            told += report.truth_against_said(target, own)
+            people += report.by_subject(target, own)
+    where = report.head(explained.get("sites", {}), "what the model needs, by place")
+    where += report.bars(explained["bands"], "what the model needs, by frequency") if "bands" in explained else ""
+    inside = ""
+    if "autopsy" in explained:
+        inside = report.rows_table(list(explained["autopsy"][0]), [list(row.values()) for row in explained["autopsy"]])
+        inside += "<h3>worst windows</h3>" + report.rows_table(
+            ["recording", "start (s)", "loss"], [list(r.values()) for r in explained["worst"]]
+        )
+    sources = [
+        [str(p), m["sha256"][:16], len(cache.recordings)] for p, m in zip(cache.paths, cache.manifests, strict=True)
+    ]
+    sections = [
+        ("Scores", report.paragraph(words, warn=True) + report.score_tables(table)),
+        ("What was said", told),
+        ("By subject", people),
+        ("Where and which frequencies", where),
+        ("Curves", report.curves(run.lines())),
+        ("Inside the model", inside),
+        ("Command", report.verbatim((run.directory / "command.txt").read_text(encoding="utf-8"))),
+        ("Cache", report.rows_table(["directory", "fingerprint", "recordings"], sources)),
+        ("Flags", report.verbatim(json.dumps(json.loads(command.json_line(asdict(cfg))), indent=1))),
+    ]
+    report.write(run.directory / "report.html", f"{' and '.join(cfg.target)}: {run.name}", sections)
+
+
+# ----------------------------------------------------------------------------
+# other ways to run
+
+
+def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
+    """Score a model on the test split, with the target, windows and thresholds it was made with. Raises Unusable."""
+    decoder, meta, tensors = load_model(cfg.evaluate, cache)
+    names = ("window_s", "stride_s", "event_s", "stretch_s", "max_channels", "seed")
+    where = cfg.where or tuple(meta["where"])
+    cfg = replace(cfg, **{k: meta[k] for k in names}, target=tuple(t.name for t in decoder.targets), where=where)
+    rows = choose_rows(cfg, cache, "test")
+    subjects = [cache.recordings[i].subject for i in rows]
+    own = {"file": cfg.evaluate, "subjects": meta["subjects"], "auxiliary": []}
+    check_leak([*meta["lineage"], own], subjects, labels_of(decoder.targets), cfg.allow_leak)
+    score = Examples(cache, decoder.targets, rows, cfg.window_s, cfg.stride_s, cfg.event_s)
+    if score.coverage and not any(len(judgement.annotated(cache, i)) for i in rows):
+        raise Unusable("the test split has no seizure: sensitivity and F1 would mean nothing")
+    run = Run(cfg, __file__, ranks)
+    results = None
+    if ranks.first:
+        words = f"{len(rows)} recordings of {len(set(subjects))} subjects; choose nothing by what it says"
+        run.say(f"THE TEST SPLIT IS OPEN: {words}")
+        run.log(meta["step"], event="test_opened", model=cfg.evaluate)
+        baselines = classical.unpack(meta["baselines"], tensors, len(decoder.targets))
+        own = {n.removeprefix("baseline.seconds."): t.numpy() for n, t in tensors.items() if "baseline.seconds." in n}
+        kept = {"baselines": baselines, "seconds": classical.Linear(**own) if own else None}
+        kept |= {name: meta[name] for name in ("detection", "detection_seconds")}
+        source = Domain.from_tensors(tensors) if cfg.transfer != "none" and not score.coverage else None
+        dtype = "float32" if cfg.dtype == "auto" else cfg.dtype
+        decoder = decoder.to(ranks.device)
+        found = score_all(cfg, decoder, score, rows, dtype, kept, source)
+        results = {
+            "run": str(run.directory),
+            "step": meta["step"],
+            "mode": meta["mode"],
+            "model": cfg.evaluate,
+            "scored": "test",
+        }
+        results |= {
+            "subjects": len(set(subjects)),
+            "recordings": len(rows),
+            "transfer": cfg.transfer,
+            "detection": meta["detection"],
+        }
+        results |= {"windows_per_s": round(len(score) / max(run.seconds(), 1e-9), 1)}
+        results = leave(cfg, run, decoder, score, found, results, dtype)
+    run.close()
+    return results
+
+
+def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
+    """
+    Every subject of train and val scored by a model that never saw it: folds over subjects, the next fold chooses the model.
+
+    Each fold is a run of its own below the run's directory; what was finished before an interruption is only scored again.
+    """
+    if ranks.world > 1:
+        raise Unusable("--folds runs in one process: leave torchrun out")
+    rows = choose_rows(cfg, cache, None)
+    subject_of = {i: cache.recordings[i].subject for i in rows}
+    fold_of = {s: n % cfg.folds for n, s in enumerate(sorted(set(subject_of.values())))}
+    if len(fold_of) < cfg.folds:
+        raise Unusable(f"--folds {cfg.folds}: there are {len(fold_of)} subjects in train and val")
+    run, pooled, targets, done = Run(cfg, __file__, ranks), {}, [], []
+    for fold in range(cfg.folds):
+        of = {
+            k: [i for i in rows if (fold_of[subject_of[i]] - fold) % cfg.folds in turn]
+            for k, turn in FOLD_TURNS.items()
+        }
+        of["train"] = [i for i in rows if i not in {*of["score"], *of["val"]}]
+        name = run.directory / f"fold-{fold}"
+        begun = (name / "config.json").exists()
+        run.say(f"fold {fold + 1} of {cfg.folds}")
+        results, ways = fit(replace(cfg, folds=0, name=str(name), resume=begun, overwrite=False), ranks, cache, of)
+        done.append({k: results[k] for k in ("run", "chosen_step", "metrics")})
+        _, meta = load_tensors(results["model"])
+        targets = [Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}) for t in meta["targets"]]
+        judgement.pool(pooled, ways, targets)
+    table, scored = summary(cfg, targets, pooled, cache)
+    results = {
+        "run": str(run.directory),
+        "step": cfg.steps,
+        "folds": done,
+        "scored": f"{cfg.folds} folds over subjects of train and val",
+    }
+    results |= scored | {"windows_per_s": results.get("windows_per_s", 0.0), "seconds": round(run.seconds(), 1)}
+    results |= {
+        "detection": meta["detection"],
+        "scores": str(run.directory / "scores.json"),
+        "report": str(run.directory / "report.html"),
+    }
+    write_atomic(run.directory / "scores.json", json.dumps(json.loads(command.json_line(table)), indent=1).encode())
+    window_s, stride_s = lengths(cfg)
+    write_report(
+        cfg, run, targets, Examples(cache, targets, rows, window_s, stride_s, cfg.event_s), pooled, table, results, {}
+    )
+    run.close()
+    return results
+
+
+def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
+    """Prototypes of --shots windows per class, on features of an encoder (val) or of a model (test), beside band power. Raises Unusable."""
+    if cfg.evaluate:
+        decoder, meta, _ = load_model(cfg.evaluate, cache)
+        split, lineage = (
+            "test",
+            [*meta["lineage"], {"file": cfg.evaluate, "subjects": meta["subjects"], "auxiliary": []}],
+        )
+        cfg = replace(
+            cfg, target=tuple(t.name for t in decoder.targets), window_s=meta["window_s"], stride_s=meta["stride_s"]
+        )
+        targets, rows = decoder.targets, choose_rows(cfg, cache, split)
+        examples = Examples(cache, targets, rows, cfg.window_s, cfg.stride_s, cfg.event_s)
+    else:
+        encoder, lineage = start_encoder(cfg, cache)
+        split, rows, (window_s, stride_s) = "val", choose_rows(cfg, cache, "val"), lengths(cfg)
+        samples = round(window_s * cache.rate_hz)
+        targets = read_targets(
+            cache, cfg.target, choose_rows(cfg, cache, "train"), samples, cfg.after_s, cfg.event_s, "window"
+        )
+        examples = Examples(cache, targets, rows, window_s, stride_s, cfg.event_s)
+        decoder = Decoder(
+            encoder, replace(plan_reading(cfg, examples, encoder.architecture.patch), kind="mean"), targets
+        ).eval()
+    check_leak(lineage, [cache.recordings[i].subject for i in rows], labels_of(targets), cfg.allow_leak)
+    if len(targets) > 1 or not targets[0].classes or examples.coverage:
+        raise Unusable(f"--shots needs one target of classes, not {' '.join(cfg.target)}")
+    run, ids = Run(cfg, __file__, ranks), examples.even(MOST_AT_ONCE, 0)
+    if split == "test":
+        run.say(f"THE TEST SPLIT IS OPEN: {len(rows)} recordings; choose nothing by what it says")
+        run.log(0, event="test_opened", model=cfg.evaluate)
+    z_BX, y_BK = features(decoder.to(ranks.device), examples, ids, cfg, "float32")
+    row_B, start_B = examples.locate(ids)
+    sites = classical.Sites.of(cache, np.unique(row_B).tolist())
+    ways = {"model": z_BX.flatten(1).numpy()}
+    if sites:
+        ways["band_power"] = classical.described("band_power", sites, cache, row_B, start_B, examples.samples)
+    subject_B = np.array([cache.recordings[i].subject for i in row_B])
+    span_B3 = np.stack([row_B, start_B, start_B + examples.samples], 1)
+    scored = few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, cfg.shots, cfg.episodes, cfg.seed)
+    if scored is None:
+        raise Unusable(
+            f"--shots {cfg.shots}: the {split} split has too few windows or subjects per class of {targets[0].name}"
+        )
+    name = f"{targets[0].name}_{cfg.shots}_shots_balanced_accuracy"
+    run.log(0, **{name if way == "model" else f"{name}_{way}": value for way, (value, _, _) in scored.items()})
+    results = {
+        "run": str(run.directory),
+        "step": 0,
+        "metrics": {name: scored["model"][0]},
+        "intervals": {name: scored["model"][1:]},
+    }
+    results |= {
+        "baselines": {way: {name: v} for way, v in scored.items() if way != "model"}
+        | {"constant": {name: 1 / len(targets[0].classes)}}
+    }
+    results |= {
+        "scored": split,
+        "episodes": cfg.episodes,
+        "windows_per_s": len(ids) / run.seconds(),
+        "seconds": round(run.seconds(), 1),
+    }
+    run.close()
+    return results
+
+
+def labels_of(targets: list[Target]) -> list[str]:
+    """Names under which the targets may have been learned before."""
+    return [name for t in targets for name in (t.name, *t.labels)]
+
+
+def main(cfg: Config) -> dict | None:
+    check(cfg)
+    ranks = join(cfg.device)
+    if cfg.batch < ranks.world:
+        raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
+    cache = Cache(*cfg.cache)
+    if cfg.lineage:
+        return ablation.run_lineages(cfg, Path(__file__))
+    if cfg.shots:
+        return few_shots(cfg, ranks, cache)
+    if cfg.evaluate:
+        return evaluate(cfg, ranks, cache)
+    if cfg.folds:
+        return cross_validate(cfg, ranks, cache)
+    rows = {split: choose_rows(cfg, cache, split) for split in ("train", "val")}
+    return fit(cfg, ranks, cache, rows | {"score": rows["val"]})[0]
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, Config, __doc__, PRESETS, saved_config))
