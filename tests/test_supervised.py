@@ -25,7 +25,7 @@ from tests import recipes, task_cases
 from train_supervised import PRESETS, Config, main
 
 TINY = dict(d_model=32, layers=2, heads=2, patch_s=0.5, batch=12, steps=24, log_every=1, save_every=5, eval_every=8)
-TINY |= dict(dtype="float32", resamples=20, baseline_windows=200, lr=2e-3, occlusion_windows=16)
+TINY |= dict(dtype="float32", resamples=20, baseline_windows=200, lr=2e-3, occlusion_windows=0)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def log(run: Path) -> list[dict]:
 def straight(cache, tmp_path_factory) -> Path:
     """A run of two targets that nothing interrupted; others are compared with it."""
     run = tmp_path_factory.mktemp("runs") / "straight"
-    results = main(config(cache, run, target=("challenge1", "challenge2"), balance="uncertainty"))
+    results = main(config(cache, run, target=("challenge1", "challenge2"), balance="uncertainty", occlusion_windows=8))
     assert results["step"] == 24 and results["model"] == str(run / "model.safetensors")
     return run
 
@@ -70,6 +70,7 @@ def test_a_run_leaves_what_it_promises(straight, cache):
         "model.safetensors",
         "scores.json",
         "predictions.csv",
+        "report.html",
     }
     lines = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
     keys = {"step", "loss", "loss_challenge1", "loss_challenge2", "lr", "grad_norm", "skipped", "rollbacks", *MEASURED}
@@ -289,7 +290,7 @@ def test_few_shots_by_prototypes(cache, encoder, tmp_path):
 
 def test_transfer_and_autopsy(cache, straight, tmp_path):
     model = str(straight / "model.safetensors")
-    base = dict(evaluate=model, resamples=20, cache=(str(cache),), occlusion_windows=16)
+    base = dict(evaluate=model, resamples=20, cache=(str(cache),), occlusion_windows=0)
     plain = main(Config(name=str(tmp_path / "plain"), autopsy=True, **base))
     assert {row["layer"] for row in plain["autopsy"]} >= {"encoder.blocks.0.wide", "heads.0", "readout.filters.weight"}
     assert len(plain["worst"]) == 10 and plain["worst"][0]["loss"] >= plain["worst"][-1]["loss"]
