@@ -127,6 +127,7 @@ def test_micro_batches_change_nothing(cache, straight, tmp_path):
     same_numbers(log(tmp_path / "micro"), log(straight))
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_computes(cache, straight, tmp_path):
     run = tmp_path / "ranks"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -164,6 +165,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(cache, straigh
 # what is learned
 
 
+@pytest.mark.slow
 def test_unseen_people_are_found_at_the_moment_they_are_at(cache, tmp_path):
     """Held-out subjects' moments by the mean of others', above all without augmentation pairs; people become alike."""
     results = main(

@@ -456,6 +456,7 @@ def run(*arguments: str, **env) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_processors_without_avx2():
     if kernels.path() == "reference":
         pytest.skip("no C++ here: python kernels/build.py says why")
@@ -465,6 +466,7 @@ def test_processors_without_avx2():
     assert "kernels: C++, generic" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_kernels_the_operators_mean_the_same():
     some = "tokens_and or cut or compile or case7-dtype"
     done = run("-m", "pytest", "-q", __file__, "-k", some, BERGER_KERNELS="0")

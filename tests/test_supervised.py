@@ -125,6 +125,7 @@ def test_micro_batches_change_nothing(cache, straight, tmp_path):
     same_numbers(log(tmp_path / "micro"), log(straight))
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_computes(cache, straight, tmp_path):
     cfg = config(cache, tmp_path / "ranks", target=("challenge1", "challenge2"), balance="uncertainty")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -159,6 +160,7 @@ def test_test_is_opened_by_evaluate_alone_and_says_so(straight, cache, tmp_path,
     assert "test_opened" in (tmp_path / "test" / "log.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_classes_of_events_by_any_readout(cache, tmp_path):
     for readout in ("mean", "attention", "prelocal", "postlocal", "contextual"):
         words = dict(
