@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lib import command, plot, recovery
 from lib.batches import Part, read_parts
-from lib.cache import Batch, Cache
+from lib.cache import Cache
 from lib.contrast import (
     Projection,
     alignment,
@@ -57,7 +57,7 @@ from lib.pairs import PairSampler, parse_shares
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.predictor import Predictor
 from lib.prefetch import Prefetch
-from lib.probe import Probe
+from lib.probe import Probe, encode_by
 from lib.ranks import Ranks, join
 from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.tensors import load_tensors, save_tensors
@@ -545,19 +545,6 @@ def trial(model: Aligned, part: Part) -> Callable[[str], None]:
         y_BE.square().sum().backward()
 
     return work
-
-
-def encode_by(encoder: nn.Module, dtype: str) -> Callable[[Batch], torch.Tensor]:
-    """A function that gives the encoder's features (B, N, D) of a batch."""
-    device = next(encoder.parameters()).device
-
-    @torch.no_grad()
-    def encode(batch: Batch) -> torch.Tensor:
-        mask_BC = None if batch.mask_BC.all() else batch.mask_BC.to(device)
-        with autocast(device.type, dtype):
-            return encoder(batch.x_BCT.to(device), batch.positions_BC3.to(device), mask_BC).float().cpu()
-
-    return encode
 
 
 def embed_by(model: Aligned, dtype: str) -> Callable[[Part], dict[str, torch.Tensor]]:

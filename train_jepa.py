@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from lib import command, plot, recovery
 from lib.batches import Part, read_parts
-from lib.cache import Batch, Cache
+from lib.cache import Cache
 from lib.errors import Failed, Unusable
 from lib.flops import StepCost, matmul_rate
 from lib.lineage import auxiliary_targets, check_leak, inherited, trained_on
@@ -42,7 +42,7 @@ from lib.optim import decay_groups, ema_momentum, ema_update, warm_restarts, war
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.predictor import Predictor
 from lib.prefetch import Prefetch
-from lib.probe import Probe, stimuli
+from lib.probe import Probe, encode_by, stimuli
 from lib.ranks import Ranks, join
 from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
@@ -456,19 +456,6 @@ def trial(model: JEPA, teacher: nn.Module, part: Part, visible: float) -> Callab
         loss_B.sum().backward()
 
     return work
-
-
-def encode_by(encoder: nn.Module, dtype: str) -> Callable[[Batch], torch.Tensor]:
-    """A function that gives features (B, N, D) of a batch."""
-    device = next(encoder.parameters()).device
-
-    @torch.no_grad()
-    def encode(batch: Batch) -> torch.Tensor:
-        mask_BC = None if batch.mask_BC.all() else batch.mask_BC.to(device)
-        with autocast(device.type, dtype):
-            return encoder(batch.x_BCT.to(device), batch.positions_BC3.to(device), mask_BC).float().cpu()
-
-    return encode
 
 
 def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from lib.cache import Batch, Cache
+from lib.precision import autocast
 from lib.traits import class_name, is_quantity, number
 from lib.windows import Windows
 
@@ -205,6 +206,19 @@ class Probe:
             scored = label.known & np.isfinite(said[label.name]).all(1)
             judged.append((label, judge(said[label.name][scored], label.y_B[scored], len(label.classes))))
         return judged
+
+
+def encode_by(encoder: torch.nn.Module, dtype: str) -> Callable[[Batch], torch.Tensor]:
+    """A function that gives an encoder's features (B, N, D) of a batch, on the CPU."""
+    device = next(encoder.parameters()).device
+
+    @torch.no_grad()
+    def encode(batch: Batch) -> torch.Tensor:
+        mask_BC = None if batch.mask_BC.all() else batch.mask_BC.to(device)
+        with autocast(device.type, dtype):
+            return encoder(batch.x_BCT.to(device), batch.positions_BC3.to(device), mask_BC).float().cpu()
+
+    return encode
 
 
 def subject_folds(subject_B: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
