@@ -103,6 +103,7 @@ class Config(RunConfig):
     layers: int = 4  # depth
     heads: int = 4  # attention heads
     patch_s: float = 1.0  # length of a token, s
+    waveform: float | None = None  # factor on raw samples' weights at the start; none: 5 for movies, else 1
     # objective
     loss: Literal["infonce", "ntxent", "supcon", "vicreg"] = "ntxent"  # negatives from the other half, or from both
     temperature: float = 0.1  # of the similarities; where learning starts
@@ -299,8 +300,8 @@ def check(cfg: Config, window: int, patch: int, ranks: Ranks) -> None:
     names = (
         "micro max_channels eval_every save_every probe_epochs weight_decay seed keep jepa film_subjects tolerance_s"
     )
-    for name in f"{names} guard_s neighbour_s event_s warp_s shift_s amplitude_db bandstop_hz".split():
-        if getattr(cfg, name) < 0:
+    for name in f"{names} guard_s neighbour_s event_s warp_s shift_s amplitude_db bandstop_hz waveform".split():
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
 
 
@@ -314,6 +315,12 @@ def start_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
         raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
     sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
     return build_encoder(Architecture(*sizes)), []
+
+
+def waveform_factor(cfg: Config) -> float:
+    """What the weights of raw samples are multiplied by at the start."""
+    movies = any(text.partition(":")[0] == "movie" for text in cfg.pairs)
+    return cfg.waveform if cfg.waveform is not None else 5.0 if movies else 1.0
 
 
 def pair_sampler(cfg: Config, cache: Cache, rows: list[int]) -> PairSampler:
@@ -402,6 +409,8 @@ def main(cfg: Config) -> dict | None:
             signal, shared_signal = films.score_signals()
             run.log(0, **values, **found, **signal)
             keep_before(run, shared | shared_signal, tables)
+        with torch.no_grad():  # people who see the same share a waveform, of which phase 1's features have little
+            model.encoder.embed.samples.weight *= waveform_factor(cfg)
         run.save(state, modules, optimizer)
 
     cost = StepCost(lambda part: model(part.to(device)), model)

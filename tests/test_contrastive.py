@@ -24,7 +24,17 @@ from lib.ranks import Ranks
 from lib.run import MEASURED
 from tests import recipes
 from tests.movie_cases import build
-from train_contrastive import PRESETS, Aligned, Config, compare, draw, main, pair_sampler, start_encoder
+from train_contrastive import (
+    PRESETS,
+    Aligned,
+    Config,
+    compare,
+    draw,
+    main,
+    pair_sampler,
+    start_encoder,
+    waveform_factor,
+)
 
 TINY = dict(d_model=32, layers=1, heads=2, patch_s=0.5, window_s=2.0, stride_s=1.0, batch=12, max_channels=10, steps=12)
 TINY |= dict(log_every=1, save_every=4, eval_every=6, dtype="float32", val_pairs=24, probe_windows=36, film_subjects=4)
@@ -238,6 +248,18 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
     assert first["encoder_subject_identity"] == last["encoder_subject_identity"]
 
 
+def test_movies_start_from_louder_waveforms(cache, straight, tmp_path):
+    assert [waveform_factor(Config(pairs=pairs)) for pairs in (("movie:1", "augment:1"), ("resting:1",))] == [5.0, 1.0]
+    init = straight / "encoder.safetensors"
+    start, _ = load_encoder(init)
+    for factor in (5.0, 0.0):
+        run = tmp_path / f"by-{factor:g}"
+        main(config(cache, run, init=str(init), steps=1, lr=1e-30, waveform=factor))
+        moved, _ = load_encoder(run / "encoder.safetensors")
+        torch.testing.assert_close(moved.embed.samples.weight, factor * start.embed.samples.weight)
+        torch.testing.assert_close(moved.embed.spectrum.weight, start.embed.spectrum.weight)
+
+
 # ----------------------------------------------------------------------------
 # flags
 
@@ -256,6 +278,7 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
         (dict(dropout=1.0), "--dropout"),
         (dict(lr_decay=0.0), "--lr-decay"),
         (dict(jepa=-1.0), "--jepa"),
+        (dict(waveform=-1.0), "--waveform"),
         (dict(projection=0), "--projection"),
         (dict(init="missing.safetensors"), "missing.safetensors"),
     ],
