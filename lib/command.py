@@ -66,7 +66,12 @@ def run(
 
 def emit(results: dict) -> None:
     """Write one JSON object as a line of the real stdout, at once (`run` does it for what main returns)."""
-    print(json_line(results), file=_out or sys.stdout, flush=True)
+    write(json_line(results) + "\n")
+
+
+def write(text: str) -> None:
+    """Write to the real stdout, at once."""
+    print(text, end="", file=_out or sys.stdout, flush=True)
 
 
 def parse(

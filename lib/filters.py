@@ -327,6 +327,8 @@ class Causal:
     def process(self, x_CT: np.ndarray) -> np.ndarray:
         assert x_CT.ndim == 2 and len(x_CT) == self.channels, f"{x_CT.shape} is not ({self.channels}, T)"
         step = max(2**20 // max(self.channels, 1), 1)  # bounds the float64 copies of a whole recording in one call
+        if 0 < x_CT.shape[1] <= step:
+            return self._chunk(x_CT.astype(np.float64, copy=False))
         parts = [self._chunk(x_CT[:, i : i + step].astype(np.float64)) for i in range(0, x_CT.shape[1], step)]
         return np.concatenate(parts, axis=1) if parts else np.empty((self.channels, 0))
 
