@@ -28,9 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels import pack, plain
-from lib import channels, command, filters, manifest, pool, recordings, store
+from lib import channels, command, filters, labels, manifest, pool, recordings, store
 from lib.errors import Failed, Rejected, Unusable
-from lib.inspection import check_amplitude, inspect
+from lib.inspection import check_amplitude, check_rate, inspect
 from lib.recordings import ReadSpec
 from lib.sources import Discovery, Source, discover
 from lib.statements import VIBRATION_UNITS
@@ -138,7 +138,9 @@ class Prepared:
     source_seconds: float  # from its first sample to its last, gaps and what was cropped included
 
 
-def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop: tuple | None) -> Prepared:
+def prepare(
+    recording: recordings.Recording, signal: dict, spec: ReadSpec, crop: tuple | None, shaft_hz: float | None = None
+) -> Prepared:
     """
     Pick, check, filter, resample, re-reference and scale one recording; every rule of docs/cache.md, in order.
 
@@ -171,6 +173,8 @@ def prepare(recording: recordings.Recording, signal: dict, spec: ReadSpec, crop:
     source_s = max(s.onset_s + (s.stop - s.start) / rate_hz for s in ranges)
     check = inspect(x_CT, rate_hz, ranges)
     notes += check.notes
+    if shaft_hz:
+        notes += check_rate(check.x_CT, rate_hz, shaft_hz)
     y_CT, segments = _filter(check.x_CT, rate_hz, check.segments, signal)
     y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
     if not segments:
@@ -307,7 +311,7 @@ def cache_recording(task: Task) -> dict:
             part = {**task.previous, "files": part["files"]}  # touched, not changed
         else:
             recording = recordings.open_recording(source.path, source.spec)
-            ready = prepare(recording, signal, source.spec, source.crop)
+            ready = prepare(recording, signal, source.spec, source.crop, shaft_hz(source))
             part |= _write(task, part, recording, ready)
     except Rejected as error:
         part |= {"status": "quarantined", "code": error.code, "reason": _reason(task, error.reason)}
@@ -388,10 +392,20 @@ def source_files(source: Source) -> list[tuple[Path, tuple[int, int]]]:
 def source_rules(source: Source) -> dict:
     """What the data set's description adds to the signal options."""
     spec = asdict(source.spec)
-    return {
+    rules = {
         "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()},
         "crop": source.crop and list(source.crop),
     }
+    return rules if shaft_hz(source) is None else rules | {"shaft_hz": shaft_hz(source)}
+
+
+def shaft_hz(source: Source) -> float | None:
+    """Turns per second of the machine that vibrates, where a column `rpm` or `shaft_hz` says so."""
+    if source.spec.kind != "vibration":
+        return None
+    stated = {name: labels.number(str(source.columns[name])) for name in ("rpm", "shaft_hz") if name in source.columns}
+    turns = stated.get("shaft_hz") or (stated.get("rpm") or 0) / 60
+    return turns or None
 
 
 def same_content(previous: dict, part: dict) -> bool:

@@ -21,7 +21,7 @@ from lib import store
 from lib.errors import Unusable
 from lib.windows import Windows, merge
 
-CLIP_SD = 15.0  # stored values beyond this many robust standard deviations are artefacts; they are clipped when read, not when stored
+CLIP_SD = 15.0  # EEG beyond this many robust standard deviations is an artefact: clipped when read, not when stored; impacts of a bearing stay
 FILES = 8192  # that may be open, half of them shards
 
 
@@ -243,6 +243,11 @@ class Cache:
             raise Unusable(f"{name} {seconds} is not a whole number of samples at {self.rate_hz} Hz")
         return samples
 
+    def scales(self, recording: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and offset (C) of one recording: its unit is model unit x scale + offset."""
+        first = self._first_channel[recording]
+        return tuple(self._scales[first : first + self._channels[recording]].T)
+
     def read(self, recording_B, start_B, samples: int, unit: str = "model", channels: int | None = None) -> Batch:
         """
         Read windows of `samples` samples; `unit` is "model" (robust standard deviations, clipped at ±15) or the cache's own (µV).
@@ -271,7 +276,7 @@ class Cache:
                     gain_BC,
                     bias_BC,
                     samples,
-                    CLIP_SD if unit == "model" else float("inf"),
+                    CLIP_SD if unit == "model" and self.signal["kind"] == "eeg" else float("inf"),
                 )
             except kernels.UnreadableWindow as error:
                 shard = self.recordings[recording_B[error.window]].shard

@@ -20,6 +20,9 @@ FLAT_SHARE, SATURATED_SHARE = 0.5, 0.05
 # robust deviation after filtering, median over channels: outside the first range no EEG lies, whatever the amplifier; outside the second
 # it is unusual enough to be reported (some public recordings state volts and hold the converter's own unit)
 PLAUSIBLE_UV, USUAL_UV = (0.1, 50_000.0), (0.5, 1000.0)
+# a true rate of so many times the stated one puts the lines of a shaft on fractions of its stated orders: by so many dB, while the upper
+# half of the spectrum holds less than this share of the power. Half orders alone may be a loose part, so twice the rate is only noted.
+RATE_RATIOS, LINE_DB, UPPER_SHARE = (4, 3, 2), 10.0, 0.01
 LOOK_SAMPLES, BLOCK = 1 << 14, 256  # long recordings are judged by evenly spaced blocks, this many samples in all
 
 
@@ -66,6 +69,42 @@ def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
         [f"unusual amplitude, the stated unit may be wrong: median robust deviation {deviation_uV:.3g} µV"]
         if unusual
         else []
+    )
+
+
+def check_rate(x_CT: np.ndarray, rate_hz: float, shaft_hz: float) -> list[str]:
+    """
+    Notes where the lines of a shaft of known speed don't fit the stated rate. Raises Rejected `rate_implausible` where they contradict it.
+
+    The rate is read off the machine: its shaft turns `shaft_hz` times a second. A recording too short to tell its lines says nothing.
+    """
+    from scipy.signal import welch  # here: it takes a second, and only vibration needs it
+
+    for ratio in RATE_RATIOS:
+        step_hz = shaft_hz / ratio
+        segment = 1 << int(np.ceil(np.log2(24 * rate_hz / step_hz)))
+        if 4 * step_hz * ratio > rate_hz or segment > x_CT.shape[1]:
+            continue
+        hz_F, power_CF = welch(x_CT, rate_hz, nperseg=segment, axis=1)
+        upper = (power_CF[:, hz_F > rate_hz / 4].sum(1) / np.maximum(power_CF.sum(1), 1e-30)).max()
+        lines = [_line_db(hz_F, power_CF, k * step_hz, step_hz) for k in range(1, 2 * ratio) if k % ratio]
+        if upper < UPPER_SHARE and np.percentile(lines, 25) > LINE_DB:
+            words = f"stated {rate_hz:g} Hz, but a shaft of {60 * shaft_hz:g} rpm has its lines at 1/{ratio}, as if the rate were {ratio * rate_hz:g} Hz"
+            if ratio > 2:
+                raise Rejected("rate_implausible", f"{words}; if so, state it under [rates] of dataset.toml")
+            return [f"rate or loose parts: {words}"]
+    return []
+
+
+def _line_db(hz_F: np.ndarray, power_CF: np.ndarray, at_hz: float, step_hz: float) -> float:
+    """How far the strongest frequency within 1 % of `at_hz` stands above the median around it, best channel."""
+    away_F = np.abs(hz_F - at_hz)
+    near_F, around_F = away_F <= max(0.01 * at_hz, hz_F[1]), away_F <= 0.45 * step_hz
+    return float(
+        (
+            10
+            * np.log10(power_CF[:, near_F].max(1) / np.maximum(np.median(power_CF[:, around_F], axis=1), 1e-30) + 1e-30)
+        ).max()
     )
 
 

@@ -35,7 +35,7 @@ OUT_OF_MEMORY = (
 
 def fresh(micro: int) -> dict:
     """What the state of a run holds for this file; `micro` as of --micro (windows per forward pass, 0: all)."""
-    counts = {"skipped": 0, "rollbacks": 0, "halvings": 0}  # in all
+    counts = {"skipped": 0, "rollbacks": 0, "halvings": 0, "checkpointing": False}  # in all
     rate = {"lr_scale": 1.0, "calm": 0}  # factor of the learning rate, and steps taken since it changed
     # the last norms; what was skipped in a row up to now; steps skipped before a rollback; the state gone back to last, how often
     return counts | rate | {"micro": micro, "norms": [], "streak": [], "suspects": [], "returned": [0, 0]}
@@ -79,7 +79,7 @@ def go_back(run: Run, state: dict, modules: dict[str, nn.Module], optimizer: tor
     times = times + 1 if place == saved["step"] else 1
     if times > ROLLBACKS:
         _give_up(run, state, saved["step"])
-    kept = {name: state[name] for name in ("skipped", "micro", "halvings")}
+    kept = {name: state[name] for name in ("skipped", "micro", "halvings", "checkpointing")}
     state |= saved | kept
     state["lr_scale"], state["calm"] = min(saved["lr_scale"], state["lr_scale"]) / 2, 0
     state["rollbacks"] += 1
@@ -102,15 +102,21 @@ def _give_up(run: Run, state: dict, step: int) -> None:
     )
 
 
-def halve(error: RuntimeError, run: Run, state: dict, windows: int) -> None:
+def halve(error: RuntimeError, run: Run, state: dict, windows: int, checkpoints: bool = False) -> None:
     """
     Make micro-batches half as large as the one of `windows` windows that `error` says doesn't fit into memory.
 
     The step is then begun anew, without the gradients it had so far: the global batch stays, and so does the result. Each rank does
-    it for itself. Raises Failed at one window, and `error` itself if it's about something else.
+    it for itself. At one window the last resort, for a phase that `checkpoints`, is to compute activations twice instead of keeping them.
+    Raises Failed where nothing is left to be done, and `error` itself if it's about something else.
     """
     if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
         raise error
+    if windows == 1 and checkpoints and not state["checkpointing"]:
+        state["checkpointing"] = True
+        run.log(state["step"] + 1, event="out_of_memory", checkpointing=True)
+        print(f"rank {run.ranks.rank}: out of memory with one window, checkpointing activations", file=sys.stderr)
+        return
     if windows == 1:
         raise Failed(
             "out of memory with one window at a time: lower --max-channels, --window-s or --d-model"

@@ -10,7 +10,7 @@ Every mistake in it is an error that names the file, the key and the nearest val
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import Unusable
@@ -23,7 +23,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 SPLITS = ("train", "val", "test")
 FIELDS = ("subject", "session", "task", "run")
-KEYS = ("name", "pattern", "rate_hz", "unit", "channels", "kind", "values", "participants", "crop", "split")
+KEYS = ("name", "pattern", "rate_hz", "unit", "channels", "kind", "values", "rates", "participants", "crop", "split")
 PARTICIPANT_KEYS = ("file", "id", "id_pattern", "columns")
 
 
@@ -48,7 +48,9 @@ class Rule:
     values: dict[str, dict[str, str]]  # of a column, a participants column or `event`: as found → as we call it
     participants: Participants | None
     crop: dict[str, dict[str, tuple[float | None, float | None]]]  # column → renamed value → seconds
-    split: dict[str, str]  # subject → split
+    split: dict[str, str]  # subject, or value of the column `split_by` → split
+    split_by: str = "subject"
+    rates_hz: dict[str, dict[str, float]] = field(default_factory=dict)  # column → renamed value → its files' own rate
 
     def match(self, relative: str) -> dict[str, str] | None:
         """The named groups of a path below the folder, as found, or None where the pattern doesn't match."""
@@ -92,7 +94,15 @@ def read_rule(path: Path) -> Rule:
         }
         for column, cuts in _table(path, "crop", table.get("crop", {})).items()
     }
+    rates = {
+        column: {
+            value: _rate(path, f"rates.{column}.{value}", hz)
+            for value, hz in _table(path, f"rates.{column}", own).items()
+        }
+        for column, own in _table(path, "rates", table.get("rates", {})).items()
+    }
     participants = _participants(path, table["participants"]) if "participants" in table else None
+    split, split_by = _split(path, table.get("split", {}))
 
     groups = set(compiled.groupindex) if compiled else set(FIELDS)
     known = groups | {"event"} | set(participants.columns or {} if participants else {})
@@ -102,14 +112,12 @@ def read_rule(path: Path) -> Rule:
             raise Unusable(
                 f"{path}: [values.{column}] renames nothing: the pattern has no group {column!r}; did you mean {nearest(column, known)}?"
             )
-    for column in crop:
-        if column not in groups:
+    for key, column in [*(("crop", c) for c in crop), *(("rates", c) for c in rates), ("split] [by", split_by)]:
+        if column not in groups | {"subject"}:
             raise Unusable(
-                f"{path}: [crop] {column} is no group of the pattern; did you mean {nearest(column, groups) or 'to add one'}?"
+                f"{path}: [{key}] {column} is no group of the pattern; did you mean {nearest(column, groups) or 'to add one'}?"
             )
-    return Rule(
-        path, name, compiled, _spec(path, table), values, participants, crop, _split(path, table.get("split", {}))
-    )
+    return Rule(path, name, compiled, _spec(path, table), values, participants, crop, split, split_by, rates)
 
 
 def _check_keys(path: Path, where: str, table: dict, valid: tuple[str, ...]) -> None:
@@ -148,10 +156,8 @@ def _spec(path: Path, table: dict) -> dict[str, object]:
         raise Unusable(f'{path}: kind = {spec["kind"]!r} must be "eeg" or "vibration"')
     if spec.get("unit") in VIBRATION_UNITS:
         spec.setdefault("kind", "vibration")
-    if (rate_hz := _get(path, table, "rate_hz", (int, float))) is not None:
-        if not 0 < rate_hz < float("inf"):
-            raise Unusable(f"{path}: rate_hz = {rate_hz} must be more than 0")
-        spec["rate_hz"] = float(rate_hz)
+    if "rate_hz" in table:
+        spec["rate_hz"] = _rate(path, "rate_hz", table["rate_hz"])
     if (channels := table.get("channels")) is not None:
         if (
             not isinstance(channels, list)
@@ -161,6 +167,14 @@ def _spec(path: Path, table: dict) -> dict[str, object]:
             raise Unusable(f"{path}: channels must be a list of names, not {channels!r}")
         spec["channels"] = tuple(channels)
     return spec
+
+
+def _rate(path: Path, key: str, hz) -> float:
+    if not isinstance(hz, int | float) or isinstance(hz, bool):
+        raise Unusable(f"{path}: {key} = {hz!r} must be a number")
+    if not 0 < hz < float("inf"):
+        raise Unusable(f"{path}: {key} = {hz} must be more than 0")
+    return float(hz)
 
 
 def _participants(path: Path, table) -> Participants:
@@ -194,17 +208,22 @@ def _seconds(path: Path, key: str, pair) -> tuple[float | None, float | None]:
     return start, stop
 
 
-def _split(path: Path, table) -> dict[str, str]:
-    _check_keys(path, "split.", _table(path, "split", table), SPLITS)
+def _split(path: Path, table) -> tuple[dict[str, str], str]:
+    """Which subject, or with `by` which value of that column, is in which split."""
+    table = _table(path, "split", table)
+    _check_keys(path, "split.", table, (*SPLITS, "by"))
+    by = _get(path, table, "by", str, "split.") or "subject"
     split: dict[str, str] = {}
     for name, subjects in table.items():
+        if name == "by":
+            continue
         if (
             not isinstance(subjects, list)
             or not subjects
             or not all(isinstance(s, str | int) and not isinstance(s, bool) for s in subjects)
         ):
-            raise Unusable(f"{path}: split.{name} must be a list of subjects, not {subjects!r}")
+            raise Unusable(f"{path}: split.{name} must be a list of {by}s, not {subjects!r}")
         for subject in map(str, subjects):
             if split.setdefault(subject, name) != name:
-                raise Unusable(f"{path}: subject {subject!r} is in both split.{split[subject]} and split.{name}")
-    return split
+                raise Unusable(f"{path}: {by} {subject!r} is in both split.{split[subject]} and split.{name}")
+    return split, by

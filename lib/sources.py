@@ -401,36 +401,47 @@ def _number_columns(sources: list[Source]) -> list[Source]:
 
 
 def _apply_rule(rule: Rule, sources: list[Source], whole: bool, found: Discovery) -> list[Source]:
-    """What dataset.toml states about single recordings: split, crop and the names of events. Raises Unusable."""
-    subjects = {s.subject for s in sources}
-    unknown = [s for s in rule.split if s not in subjects]
+    """What dataset.toml states about single recordings: split, crop, rate and the names of events. Raises Unusable."""
+    values = [{**{f: getattr(s, f) for f in FIELDS}, **s.columns} for s in sources]
+    dealt = [_as_written(v[rule.split_by]) if v.get(rule.split_by) is not None else "" for v in values]
+    unknown = [s for s in rule.split if s not in dealt]
     if unknown and whole:
         raise Unusable(
-            f"{rule.path}: [split] names subject {unknown[0]!r}, which isn't there; did you mean {nearest(unknown[0], sorted(subjects), 3)}?"
+            f"{rule.path}: [split] names {rule.split_by} {unknown[0]!r}, which isn't there; did you mean {nearest(unknown[0], sorted(set(dealt)), 3)}?"
         )
-    if set(rule.split.values()) == set(SPLITS) and (left := sorted(subjects - set(rule.split))):
+    if set(rule.split.values()) == set(SPLITS) and (left := sorted(set(dealt) - set(rule.split) - {""})):
         raise Unusable(
-            f"{rule.path}: [split] states train, val and test, but leaves out subject {left[0]!r}"
+            f"{rule.path}: [split] states train, val and test, but leaves out {rule.split_by} {left[0]!r}"
             + f" and {len(left) - 1} more" * (len(left) > 1)
         )
 
-    used: set[tuple[str, str]] = set()
-    changed = []
-    for source in sources:
-        values = {**{f: getattr(source, f) for f in FIELDS}, **source.columns}
-        cuts = [(c, str(v)) for c in rule.crop if (v := _as_written(values.get(c))) in rule.crop[c]]
-        if len(cuts) > 1:
+    used: set[tuple[str, str, str]] = set()
+
+    def stated(key: str, table: dict[str, dict], own: dict, source: Source):
+        """What a table says of a recording by the values of its columns, or None."""
+        hits = [(c, str(v)) for c in table if (v := _as_written(own.get(c))) in table[c]]
+        if len(hits) > 1:
             raise Unusable(
-                f"{rule.path}: [crop] says two things about {source.key}: {cuts[0][0]}.{cuts[0][1]} and {cuts[1][0]}.{cuts[1][1]}"
+                f"{rule.path}: [{key}] says two things about {source.key}: {hits[0][0]}.{hits[0][1]} and {hits[1][0]}.{hits[1][1]}"
             )
-        used.update(cuts)
-        crop = rule.crop[cuts[0][0]][cuts[0][1]] if cuts else None
-        split = rule.split.get(source.subject, source.split)
-        changed.append(replace(source, crop=crop, split=split, event_names=rule.values.get("event", {})))
-    for column, cuts in rule.crop.items():
-        for value in cuts:
-            if (column, value) not in used:
-                found.notes.append(f"crop without a recording: {rule.path.name}: no recording has {column} = {value}")
+        used.update((key, *hit) for hit in hits)
+        return table[hits[0][0]][hits[0][1]] if hits else None
+
+    changed = []
+    for source, own, value in zip(sources, values, dealt, strict=True):
+        rate_hz = stated("rates", rule.rates_hz, own, source)
+        changed.append(
+            replace(
+                source,
+                crop=stated("crop", rule.crop, own, source),
+                spec=source.spec if rate_hz is None else replace(source.spec, rate_hz=rate_hz),
+                split=rule.split.get(value, source.split),
+                event_names=rule.values.get("event", {}),
+            )
+        )
+    for key, table in (("crop", rule.crop), ("rates", rule.rates_hz)):
+        for column, value in ((c, v) for c in table for v in table[c] if (key, c, v) not in used):
+            found.notes.append(f"{key} without a recording: {rule.path.name}: no recording has {column} = {value}")
     return changed
 
 

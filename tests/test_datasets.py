@@ -554,16 +554,35 @@ def test_formats(real):
     assert "仰卧" in [e.label for e in cache.events(row_of(cache, "test_utf8_annotations.edf"))]
 
 
+def test_cwru_by_fault_size(data_dir, tmp_path):
+    build(data_dir / "cwru", tmp_path / "cwru", dataset=(RULES / "cwru_sizes.toml",), rate_hz=12_000.0)
+    cache = Cache(tmp_path / "cwru")
+    sides = {(size, split) for size, split in zip(cache.column("diameter"), cache.column("split"), strict=True) if size}
+    assert sides == {(7, "train"), (21, "test")}
+
+
 def test_cwru_and_femto(data_dir, tmp_path):
-    result = build(data_dir / "cwru", tmp_path / "cwru", dataset=(RULES / "cwru.toml",))
+    with pytest.raises(Unusable, match="--rate-hz is needed .* 12000, 48000 Hz"):
+        build(data_dir / "cwru", tmp_path / "cwru", dataset=(RULES / "cwru.toml",))
+    result = build(data_dir / "cwru", tmp_path / "cwru", dataset=(RULES / "cwru.toml",), rate_hz=12_000.0)
     assert (result["recordings"], result["subjects"], result["quarantined"], result["units"]) == (21, 11, 0, ["g"])
     cache = Cache(tmp_path / "cwru")
     assert cache.rate_hz == 12_000 and set(cache.column("rpm")) == {1772, 1797}
     for row, recording in enumerate(cache.recordings):
         x_T = np.load(data_dir / recording.key).ravel()
-        np.testing.assert_allclose(signal(cache, row)[0], x_T, atol=1e-3 * np.abs(x_T).max())
+        if "Normal" in recording.key:  # at 48 kHz: a quarter of the samples, and nothing of the signal lost
+            assert abs(4 * recording.samples - len(x_T)) < 4
+            assert abs(signal(cache, row).std() / x_T.std() - 1) < 0.05
+        else:
+            np.testing.assert_allclose(signal(cache, row)[0], x_T, atol=1e-3 * np.abs(x_T).max())
     rms = {cache.column("fault")[row]: signal(cache, row).std() for row in range(21)}
     assert min(rms, key=rms.get) == "normal"
+
+    rule = (RULES / "cwru.toml").read_text().partition("[rates.fault]")[0]  # as most people have it: all at 12 kHz
+    (tmp_path / "wrong.toml").write_text(rule)
+    result = build(data_dir / "cwru", tmp_path / "wrong", dataset=(tmp_path / "wrong.toml",))
+    assert result["quarantined_by_code"] == {"rate_implausible": 1} and result["recordings"] == 20
+    assert "as if the rate were 48000 Hz" in (tmp_path / "wrong" / "quarantine.json").read_text()
 
     build(data_dir / "femto", tmp_path / "femto", source_rate_hz=25600.0, source_unit="g")  # instead of a dataset.toml
     cache = Cache(tmp_path / "femto")

@@ -219,7 +219,7 @@ def test_other_real_folders(data_dir):
     }
     assert bearing["1772_OR@12_21_DE12.npy"].subject == "OR@12_21"
     assert bearing["1797_Normal_firsthalf.npy"].columns == {"rpm": 1797.0, "fault": "normal"}
-    assert {s.spec for s in bearing.values()} == {ReadSpec(12000.0, "g", None, "vibration")}
+    assert {s.spec for s in bearing.values()} == {ReadSpec(hz, "g", None, "vibration") for hz in (12000.0, 48000.0)}
     assert {s.columns["set"] for s in read("bonn").values()} == {"eyes open", "eyes closed", "interictal", "ictal"}
     ssvep = next(iter(read("ssvep_exo").values()))
     assert ssvep.event_names["2"] == "13 Hz" and ssvep.label_files[0].name.endswith("-eve.fif")
@@ -300,6 +300,13 @@ GOOD = "pattern = 'S(?P<subject>\\d+)_(?P<task>[a-z])\\.edf'\n"
         (GOOD + "[split]\ntrain = ['1']\ntest = ['2']\nval = ['3']\n", None),
         (GOOD + "[split]\ntrain = ['1']\nval = ['2']\ntest = ['2']\n", "in both"),
         ("pattern = 'x", "not valid TOML"),
+        (GOOD + "[rates]\ntaks.a = 500", "did you mean 'task'"),
+        (GOOD + "[rates]\ntask.a = '500'", "rates.task.a = '500' must be a number"),
+        (GOOD + "[rates]\ntask.a = -1", "must be more than 0"),
+        (GOOD + "[rates]\ntask.a = 500\nsubject.1 = 250", "[rates] says two things about"),
+        (GOOD + "[split]\nby = 'tsk'\ntest = ['a']", "did you mean 'task'"),
+        (GOOD + "[split]\nby = 'task'\ntest = ['c']", "names task 'c', which isn't there"),
+        (GOOD + "[split]\nby = 'task'\ntest = []", "split.test must be a list of tasks"),
     ],
 )
 def test_mistakes_in_a_rule_are_named(tmp_path, text, message):
@@ -312,6 +319,22 @@ def test_mistakes_in_a_rule_are_named(tmp_path, text, message):
     with pytest.raises(Unusable) as error:
         discover([folder])
     assert message in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_split_by_a_column_and_rates_by_another(tmp_path):
+    folder = plant(tmp_path / "d", *(f"S{i}_{'ab'[i % 2]}.edf" for i in range(6)))
+    rule(folder, GOOD + "rate_hz = 100\n[rates]\ntask.b = 400\ntask.c = 9\n[split]\nby = 'task'\ntest = ['b']\n")
+    found = discover([folder])
+    assert [s.split for s in found.sources] == [None, "test"] * 3
+    assert [s.spec.rate_hz for s in found.sources] == [100.0, 400.0] * 3
+    assert any("rates without a recording" in note and "task = c" in note for note in found.notes)
+    rule(
+        folder,
+        "pattern = 'S(?P<subject>\\d)_(?P<task>[ab])\\.edf'\n[split]\nby = 'task'\ntest = ['b']\ntrain = ['a']\n",
+    )
+    plant(folder, "S1_a.edf")
+    with pytest.raises(Unusable, match="both in train and test"):
+        discover([folder])
 
 
 def test_all_three_splits_leave_nobody_out(tmp_path):

@@ -1,0 +1,110 @@
+"""
+Windows of one length in samples from caches that need not be alike: other rates, other units, other channels, one numbering.
+
+Training and validation are told apart by subject, as the caches say, or by time within every recording.
+
+Shape letters: B windows, C channels, T samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.batches import Part, read_parts
+from lib.cache import Cache, Recording
+from lib.errors import Unusable
+from lib.windows import Windows
+
+MOST_FITTED = 2**18  # samples of a recording that statistics are taken from, spread over its segments
+
+
+class Corpus:
+    """
+    Recordings of several caches in one list; `caches` and `rows` say where each is.
+
+    `before` samples in front of every window are read with it. By time, the first `share` of each recording's samples trains, of all
+    splits, and the rest, after a gap of one window, is held out. Raises Unusable where that leaves no window.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | Path], samples: int, before: int, stride: int, by_time: bool, share: float
+    ):
+        self.caches = [Cache(path) for path in paths]
+        self.samples, self.before, self.stride = samples, before, stride
+        places = [(c, row) for c, cache in enumerate(self.caches) for row in range(len(cache.recordings))]
+        self.cache_R, self.row_R = np.array(places, np.int64).T
+        self.recordings: list[Recording] = [self.caches[c].recordings[row] for c, row in places]
+        self.held_out = "val"
+        self.spans: dict[str, list[tuple[int, int, int]]] = {"train": [], "val": [], "test": []}
+        for i, r in enumerate(self.recordings):
+            if by_time:
+                cut = round(share * r.samples)
+                self.spans["train"] += [(i, a, min(b, cut)) for a, b in r.segments if a < cut]
+                cut += samples + before
+                self.spans["val"] += [(i, max(a, cut), b) for a, b in r.segments if b > cut]
+            else:
+                self.spans[r.split] += [(i, a, b) for a, b in r.segments]
+        if not len(self.windows("train")):
+            raise Unusable(f"no window of {samples} samples in the training part of {', '.join(map(str, paths))}")
+
+    def windows(self, part: str, stride: int | None = None) -> Windows:
+        """The windows of train, val or test; where they start includes `before`."""
+        return Windows(self.spans[part], self.before + self.samples, stride or self.stride)
+
+    def rows(self, part: str) -> list[int]:
+        """The recordings of a part."""
+        return sorted({i for i, _, _ in self.spans[part]})
+
+    def rate_hz(self, recording: int) -> float:
+        """Its sampling rate."""
+        return self.caches[self.cache_R[recording]].rate_hz
+
+    def values(self, columns: Mapping[str, Sequence[str]]) -> list[dict]:
+        """For every recording the value of each of `columns` (name: columns joined with a blank); none where one is missing."""
+        tables = [{name: cache.column(name) for words in columns.values() for name in words} for cache in self.caches]
+        found = []
+        for c, row in zip(self.cache_R, self.row_R, strict=True):
+            values = {}
+            for name, words in columns.items():
+                told = [tables[c][word][row] for word in words]
+                told = [v for v in told if not (v is None or v != v)]
+                if len(told) == len(words):
+                    values[name] = told[0] if len(told) == 1 else " ".join(map(str, told))
+            found.append(values)
+        return found
+
+    def read(
+        self,
+        recording_B: np.ndarray,
+        start_B: np.ndarray,
+        index_B: np.ndarray,
+        max_channels: int,
+        micro: int,
+        seed: int,
+        step: int,
+    ) -> list[Part]:
+        """Windows, each with what is before it, in micro-batches of one cache and about one number of channels; `read_parts`."""
+        parts = []
+        for c in np.unique(self.cache_R[recording_B]):
+            mine = np.flatnonzero(self.cache_R[recording_B] == c)
+            where = (self.row_R[recording_B[mine]], start_B[mine], self.before + self.samples, index_B[mine])
+            for part in read_parts(self.caches[c], *where, max_channels, micro, seed, step):
+                own = mine[np.searchsorted(index_B[mine], part.index_B)] if len(mine) > 1 else mine
+                parts.append(replace(part, recording_B=recording_B[own]))
+        return parts
+
+    def signal(self, recording: int, part: str = "train") -> list[torch.Tensor]:
+        """Its longest stretches of a part, good channels only, in model units, (C, T); not more than MOST_FITTED samples."""
+        cache, row = self.caches[self.cache_R[recording]], int(self.row_R[recording])
+        spans = sorted(((b - a, a) for i, a, b in self.spans[part] if i == recording), reverse=True)
+        left, found = MOST_FITTED, []
+        for length, start in spans:
+            length = min(length, left)
+            if length >= self.samples:
+                batch = cache.read([row], [start], length)
+                found.append(batch.x_BCT[0][batch.mask_BC[0]])
+                left -= length
+        return found

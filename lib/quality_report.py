@@ -1,0 +1,269 @@
+"""
+The page about a flow: verdict, table with floors, what its windows, spectra and envelopes look like beside real ones, skill against evaluations.
+
+Shape letters: N windows, C channels, L samples, F frequencies, R draws.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lib import descriptors, quality, report, surrogates
+from lib.corpus import Corpus
+from lib.errors import Unusable
+
+SHOWN, DRAWS = 4, 40  # windows in a figure, and draws of a floor's band
+FEWEST_BLOCKS = 4  # held-out recordings or subjects; with fewer in val, those of test are judged with them
+WORDS = (
+    "Floors are real windows in the generated ones' place: iid, windows of the same recordings; block, of other recordings. Surrogates know nothing "
+    "but spectra. Skill: 1 real, 0 a surrogate, – where the metric can't tell a surrogate. = within the 95 % of the first floor, ~ of the second."
+)
+
+
+def write(
+    path: Path,
+    title: str,
+    rows: Mapping[str, quality.Row],
+    real_NCL: np.ndarray,
+    fake_NCL: np.ndarray,
+    train_NCL: np.ndarray,
+    *,
+    rate_hz: float,
+    block_ids: Sequence,
+    unit: str = "standard deviations",
+    labels_real: Sequence | None = None,
+    labels_fake: Sequence | None = None,
+    sweep: Mapping[int, Mapping[str, quality.Row]] | None = None,
+    anomaly: Mapping[str, Mapping[str, float]] | None = None,
+    log: Sequence[dict] = (),
+    command: str = "",
+    seed: int = 0,
+) -> None:
+    """
+    report.html of a run, whole or not at all.
+
+    `sweep` holds the table of each number of evaluations, `anomaly` that of lib.anomaly, `log` the lines of log.jsonl.
+    """
+    verdict = quality.gate(rows)
+    bad_NCL = surrogates.phase_randomised(train_NCL[: len(fake_NCL)], np.random.default_rng(seed))
+    labels = (labels_real, labels_fake)
+    sections = [
+        ("Verdict", report.paragraph(verdict, warn="FAILED" in verdict or "WORSE" in verdict)),
+        ("Quality", table(rows) + report.paragraph(WORDS)),
+        ("Curves", report.curves(log) if log else ""),
+        ("Windows", windows(real_NCL, fake_NCL, rate_hz, unit, *labels)),
+        ("Spectra and envelopes", spectra(real_NCL, fake_NCL, bad_NCL, rate_hz, block_ids, labels_real, seed)),
+        ("Latents", latents(real_NCL, fake_NCL, bad_NCL, rate_hz)),
+        ("Skill against evaluations", skills(sweep) if sweep else ""),
+        ("Anomaly scores", anomalies(anomaly) if anomaly else ""),
+        ("Command", report.verbatim(command) if command else ""),
+    ]
+    report.write(path, title, sections)
+
+
+def table(rows: Mapping[str, quality.Row]) -> str:
+    """The table, a heading per group; what others publish is labelled so."""
+    text = ""
+    for group in dict.fromkeys(row["group"] for row in rows.values()):
+        lines = []
+        for name, row in ((n, r) for n, r in rows.items() if r["group"] == group):
+            ranges = [
+                f"{row[f'{key}low']:.3g} – {row[f'{key}high']:.3g}" if f"{key}low" in row else ""
+                for key in ("", "floor_iid_", "floor_block_")
+            ]
+            numbers = [row["value"], ranges[0], row.get("floor_iid"), ranges[1], row.get("floor_block"), ranges[2]]
+            lines.append([quality.mark(row), name, *numbers, row.get("surrogate"), row.get("skill")])
+        names = ("", "metric", "value", "95 %", "iid floor", "95 %", "block floor", "95 %", "surrogate", "skill")
+        text += f"<h3>{group}</h3>" + report.rows_table(names, lines)
+    return text
+
+
+def windows(real_NCL, fake_NCL, rate_hz: float, unit: str, labels_real=None, labels_fake=None) -> str:
+    """Real windows and beside them generated ones, of the same label where there are labels, first channel, on one scale."""
+    at = np.linspace(0, len(fake_NCL) - 1, SHOWN).round().astype(int)
+    figure = Figure(figsize=(11, 1.5 * SHOWN + 0.4), layout="constrained")
+    time_s_L = np.arange(real_NCL.shape[2]) / rate_hz
+    most = float(np.percentile(np.abs(real_NCL[:, 0]), 99.9)) * 1.2
+    for row, i in enumerate(at):
+        label = None if labels_fake is None else labels_fake[i]
+        alike = [j for j in range(len(real_NCL)) if label is None or str(labels_real[j]) == str(label)]
+        shown = [("generated", fake_NCL[i, 0])]
+        if alike:
+            shown.insert(0, ("real", real_NCL[alike[len(alike) * row // SHOWN], 0]))
+        for column, (kind, x_L) in enumerate(shown):
+            axes = figure.add_subplot(SHOWN, 2, 2 * row + column + 1 + (2 - len(shown)), ylim=(-most, most))
+            axes.plot(time_s_L, x_L, lw=0.6, color="k" if kind == "real" else "C3")
+            axes.set_title(kind if label is None else f"{kind}: {label}", fontsize=8, loc="left", pad=2)
+            axes.tick_params(labelsize=7)
+            if row == SHOWN - 1:
+                axes.set_xlabel("s", fontsize=8)
+            if column == 0:
+                axes.set_ylabel(unit, fontsize=7)
+    return report.picture(figure, "real windows and generated ones")
+
+
+def spectra(real_NCL, fake_NCL, bad_NCL, rate_hz: float, block_ids, labels_real=None, seed: int = 0) -> str:
+    """Mean power spectra and envelope spectra with the bands of both floors, mean over channels."""
+    block_N, rng = np.asarray(block_ids), np.random.default_rng([seed, 5])
+    floors = {"same recordings": surrogates.by_window(len(real_NCL), len(real_NCL) // 2)}
+    if len(np.unique(block_N)) > 1:
+        floors["other recordings"] = surrogates.by_block(block_N, len(real_NCL) // 2, labels_real)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = (("power spectral density, dB", descriptors.psd), ("squared envelope, dB", descriptors.envelope_spectrum))
+    for place, (title, spectrum) in enumerate(panels):
+        axes = figure.add_subplot(1, 2, place + 1, title=title, xlabel="Hz")
+        hz_F, real_NCF = spectrum(real_NCL, rate_hz)
+        real_NF = real_NCF.mean(1)
+        for number, (name, draw) in reversed(list(enumerate(floors.items()))):
+            drawn = [10 * np.log10(real_NF[part].mean(0)) for _ in range(DRAWS // 2) for part in draw(rng)]
+            low_F, high_F = np.percentile(drawn, [2.5, 97.5], axis=0)
+            axes.fill_between(hz_F, low_F, high_F, color=("0.55", "0.8")[number], lw=0, label=f"floor, {name}")
+        for name, x_NCL, style in (
+            ("surrogates", bad_NCL, {"color": "C0", "ls": ":"}),
+            ("generated", fake_NCL, {"color": "C3"}),
+        ):
+            axes.plot(
+                hz_F,
+                10 * np.log10(spectrum(x_NCL, rate_hz)[1].mean((0, 1)) + descriptors.TINY),
+                lw=1.2,
+                label=name,
+                **style,
+            )
+        axes.plot(hz_F, 10 * np.log10(real_NF.mean(0)), color="k", lw=0.8, label="real")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return report.picture(figure, "spectra and envelopes with the floors' bands")
+
+
+def latents(real_NCL, fake_NCL, bad_NCL, rate_hz: float) -> str:
+    """All windows on the two main axes of the real ones' log-spectral features."""
+    real_NF, fake_NF, bad_NF = (descriptors.log_spectral(x, rate_hz) for x in (real_NCL, fake_NCL, bad_NCL))
+    mean_F, sd_F = real_NF.mean(0), real_NF.std(0) + 0.1
+    axes_2F = np.linalg.svd((real_NF - mean_F) / sd_F, full_matrices=False)[2][:2]
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot(1, 1, 1, xlabel="first axis", ylabel="second axis", title="log-spectral features")
+    for name, x_NF, colour in (("surrogates", bad_NF, "C0"), ("real", real_NF, "k"), ("generated", fake_NF, "C3")):
+        axes.plot(*((x_NF - mean_F) / sd_F @ axes_2F.T).T, ".", ms=3, alpha=0.5, color=colour, label=name)
+    axes.legend(fontsize=8, markerscale=3)
+    return report.picture(figure, "windows on the main axes of real ones")
+
+
+def skills(sweep: Mapping[int, Mapping[str, quality.Row]]) -> str:
+    """The skill of primary metrics against the number of evaluations of the network."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(1, 1, 1, xlabel="evaluations", ylabel="skill", xscale="log", ylim=(-1, 1.1))
+    counts = sorted(sweep)
+    for name in quality.PRIMARY:
+        values = [sweep[n].get(name, {}).get("skill", float("nan")) for n in counts]
+        if np.isfinite(values).any():
+            axes.plot(counts, np.clip(values, -1, None), ".-", label=name)
+    axes.axhline(1, color="k", lw=0.6, ls=":")
+    axes.axhline(0, color="k", lw=0.6)
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return report.picture(figure, "skill against evaluations") + report.paragraph("Values below −1 are drawn at −1.")
+
+
+def anomalies(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Areas under the curve, best first, with what they have over the baseline."""
+    lines = [
+        [name, row["auroc"], f"{row['low']:.3f} – {row['high']:.3f}", row["gain"], f"{row['gain_low']:.3f} – {row['gain_high']:.3f}", row["error"]]
+        for name, row in sorted(rows.items(), key=lambda item: -item[1]["auroc"])
+    ]  # fmt: skip
+    return report.rows_table(("score", "AUROC", "95 %", "over the baseline", "95 %", "standard error"), lines)
+
+
+# ----------------------------------------------------------------------------
+# from caches
+
+
+@dataclass
+class Windows:
+    """Windows of one kind in the cache's unit, with whose they are."""
+
+    x_NCL: np.ndarray
+    block_N: np.ndarray  # recording; of EEG: subject
+    label_N: np.ndarray | None
+
+
+def read_windows(
+    corpus: Corpus, part: str, names: Sequence[str], columns: Sequence[str], most: int, seed: int
+) -> Windows:
+    """
+    At most `most` windows of a part that have the channels `names`, drawn at random, in physical units; labels join the `columns`.
+
+    Raises Unusable where no recording has those channels.
+    """
+    windows = corpus.windows(part, corpus.samples)
+    row_N, start_N = windows.locate(np.arange(len(windows)))
+    fits_R = np.array([set(names) <= set(r.names) for r in corpus.recordings])
+    fitting = np.flatnonzero(fits_R[row_N])
+    if not len(fitting):
+        raise Unusable(f"no recording to compare with has the channels {', '.join(names)}")
+    kept = np.sort(np.random.default_rng([seed, 8]).permutation(fitting)[:most])
+    values = corpus.values({"label": tuple(columns)}) if columns else None
+    x, block, label = [], [], []
+    for i in kept:
+        recording, cache = corpus.recordings[row_N[i]], corpus.caches[corpus.cache_R[row_N[i]]]
+        batch = cache.read([corpus.row_R[row_N[i]]], [start_N[i]], corpus.samples, cache.unit)
+        x.append(batch.x_BCT[0, [recording.names.index(name) for name in names]].numpy())
+        block.append(recording.subject if cache.signal["kind"] == "eeg" else recording.key)
+        label.append(str(values[row_N[i]].get("label", "")) if values else "")
+    return Windows(np.stack(x), np.array(block), np.array(label) if columns else None)
+
+
+def judge_caches(
+    real: Sequence[str | Path],
+    generated: str | Path,
+    samples: int,
+    *,
+    by_time: bool,
+    share: float = 0.6,
+    columns: Sequence[str] = (),
+    embed: Callable[[np.ndarray], np.ndarray] | None = None,
+    network: bool = True,
+    legacy: bool = True,
+    seed: int = 0,
+) -> tuple[dict[str, quality.Row], dict]:
+    """
+    The table of a cache of generated windows, held against the held-out part of real caches, and what `write` needs for its figures.
+
+    The held-out part is the val split, joined by test where val is too small, or with `by_time` what is behind the first `share` of each recording.
+    """
+    corpus, own = (
+        Corpus(real, samples, 0, samples, by_time, share),
+        Corpus([generated], samples, 0, samples, False, share),
+    )
+    names = own.recordings[0].names
+    fake = read_windows(own, "train", names, columns, quality.MOST, seed)
+    held = read_windows(corpus, "val", names, columns, 2 * quality.MOST, seed) if corpus.spans["val"] else None
+    if not by_time and corpus.spans["test"] and (held is None or len(np.unique(held.block_N)) < FEWEST_BLOCKS):
+        more = read_windows(corpus, "test", names, columns, 2 * quality.MOST, seed)
+        held = more if held is None else joined(held, more)
+    if held is None:
+        raise Unusable(
+            f"{', '.join(map(str, real))}: no held-out recordings to compare with (--hold-out time compares within recordings)"
+        )
+    train = read_windows(corpus, "train", names, columns, quality.AMONG, seed)
+    cache = corpus.caches[0]
+    labels = dict(labels_real=held.label_N, labels_fake=fake.label_N)
+    known = held.label_N is not None and set(held.label_N) <= set(train.label_N)  # new recordings may be of new classes
+    rows = quality.judge(
+        held.x_NCL, fake.x_NCL, train.x_NCL, rate_hz=cache.rate_hz, block_ids=held.block_N,
+        **(labels | {"labels_train": train.label_N} if known else {}),
+        eeg=cache.signal["kind"] == "eeg", embed=embed, network=network, legacy=legacy, seed=seed,
+    )  # fmt: skip
+    figures = dict(
+        real_NCL=held.x_NCL, fake_NCL=fake.x_NCL, train_NCL=train.x_NCL, rate_hz=cache.rate_hz, block_ids=held.block_N
+    )
+    return rows, figures | {"unit": cache.unit} | (labels if known else {})
+
+
+def joined(a: Windows, b: Windows) -> Windows:
+    """Both."""
+    label_N = None if a.label_N is None else np.concatenate([a.label_N, b.label_N])
+    return Windows(np.concatenate([a.x_NCL, b.x_NCL]), np.concatenate([a.block_N, b.block_N]), label_N)

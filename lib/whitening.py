@@ -1,0 +1,206 @@
+"""
+Whitening by linear prediction, and the level of a window as a variable of its own: what a flow need not learn.
+
+White noise and a squared error leave a floor of noise over every band that is empty, and real spectra span 60 to 80 dB. So a filter
+of each group of training recordings, fitted on their continuous signals, flattens the spectrum before windows are cut, and its exact
+inverse, stable by construction, puts it back onto generated windows. The RMS of a window is divided out as well; models see its rank
+within the group instead, and generated windows get the RMS of the rank that was drawn. After training a gain per frequency, `trim`,
+mends what is left between the mean spectra of generated and training signals. All of it is stored with the model.
+
+Signals are in the cache's model unit. Shape letters: B windows, C channels, T samples, K order, G groups, Q quantiles, F frequencies.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+QUANTILES = 65  # of a group's levels: every 1.6 %
+SEGMENT = 256  # samples of the segments that mean spectra are of
+HISTORY = 4096  # samples that an inverse filter runs before what is kept; its memory is far shorter
+WHITE_FLOOR = (
+    1e-9  # of the power, -90 dB: below what float16 resolves, and what keeps a silent band's equations solvable
+)
+TAIL = 0.005  # ranks are clipped by this much, so that deviates of the rarest levels stay finite
+
+
+@dataclass
+class Whitening:
+    """A filter and a table of levels for each group of recordings, float64; `names` says which groups."""
+
+    names: tuple[str, ...]
+    taps_GK: (
+        torch.Tensor
+    )  # (G, K + 1): a window's whitened sample is the sum of taps x the samples from itself backwards
+    level_GQ: torch.Tensor  # quantiles of the natural logarithm of windows' RMS
+    power_GF: torch.Tensor  # mean spectrum of the training signals
+    trim_GF: torch.Tensor  # gain on generated signals; 1 until `calibrate`
+
+    @property
+    def order(self) -> int:
+        """Samples before a window that whitening it needs."""
+        return self.taps_GK.shape[1] - 1
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """For a model file; `restore` is the way back."""
+        return {name: getattr(self, name) for name in ("taps_GK", "level_GQ", "power_GF", "trim_GF")}
+
+    def whiten(self, x_BCT: torch.Tensor, group_B: np.ndarray, mask_BC: torch.Tensor | None, level: bool = True):
+        """
+        Windows without the `order` samples before them, whitened, float32 (B, C, T), and their levels as normal deviates (B).
+
+        Windows must begin `order` samples early. With `level` the RMS of each is that of its group's median window.
+        """
+        x_BCT = x_BCT.double()
+        taps_BK = self.taps_GK[torch.from_numpy(group_B)]
+        if self.order:  # circular, which reaches the first `order` samples only
+            n = x_BCT.shape[2]
+            product = torch.fft.rfft(x_BCT) * torch.fft.rfft(taps_BK, n)[:, None]
+            w_BCT = torch.fft.irfft(product, n)[:, :, self.order :]
+        else:
+            w_BCT = x_BCT * taps_BK[:, :, None]
+        log_B = log_rms(x_BCT[:, :, self.order :], mask_BC)
+        deviate_B = self.deviate(log_B, group_B)
+        if level:
+            median_B = self.level_GQ[torch.from_numpy(group_B), QUANTILES // 2]
+            w_BCT = w_BCT * torch.exp(median_B - log_B).clamp(0.01, 100.0)[:, None, None]
+        return w_BCT.float(), deviate_B.float()
+
+    def unwhiten(self, w_CT: np.ndarray, group: int, before_CK: np.ndarray) -> np.ndarray:
+        """The exact inverse for a signal whose `order` preceding samples are known; float64."""
+        from scipy.signal import lfilter, lfiltic  # here: it takes a second, and only sampling needs it
+
+        taps_K = self.taps_GK[group].numpy()
+        rows = zip(np.asarray(w_CT, np.float64), before_CK, strict=True)
+        return np.stack([lfilter([1.0], taps_K, w, zi=lfiltic([1.0], taps_K, b[::-1]))[0] for w, b in rows])
+
+    def colour(self, w_NCT: torch.Tensor, group: int, log_N: np.ndarray | None, trim: bool = True) -> np.ndarray:
+        """
+        Generated windows of one group as signals with its spectrum, and with RMS exp(log_N), or as it comes; float64 (N, C, T).
+
+        They are laid end to end in a ring, so that none begins in silence: each rings on from the one before it.
+        """
+        from scipy.signal import lfilter  # here: it takes a second, and only sampling needs it
+
+        N, C, T = w_NCT.shape
+        ring_CM = w_NCT.double().numpy().transpose(1, 0, 2).reshape(C, N * T)
+        laps = -(-HISTORY // (N * T))
+        before_CM = np.tile(ring_CM, laps)[:, -HISTORY:]
+        y_CM = lfilter([1.0], self.taps_GK[group].numpy(), np.concatenate([before_CM, ring_CM], 1))[:, HISTORY:]
+        if trim:
+            gain_F = self.trim_GF[group].numpy()
+            at_F = np.linspace(0, 1, N * T // 2 + 1)
+            gain_F = np.exp(np.interp(at_F, np.linspace(0, 1, len(gain_F)), np.log(gain_F)))
+            y_CM = np.fft.irfft(np.fft.rfft(y_CM) * gain_F, N * T)
+        y_NCT = y_CM.reshape(C, N, T).transpose(1, 0, 2)
+        if log_N is not None:
+            own_N = log_rms(torch.from_numpy(y_NCT), None).numpy()
+            y_NCT = y_NCT * np.exp(log_N - own_N)[:, None, None]
+        return y_NCT
+
+    def deviate(self, log_B: torch.Tensor, group_B: np.ndarray) -> torch.Tensor:
+        """Where log RMS lie among those of their group, as deviates of a standard normal: 0 is the median."""
+        at_Q = np.linspace(0, 1, QUANTILES)
+        tables = self.level_GQ.numpy()[group_B]
+        rank_B = [np.interp(v, q, at_Q) for v, q in zip(log_B.tolist(), tables, strict=True)]
+        return torch.special.ndtri(torch.tensor(rank_B, dtype=torch.float64).clamp(TAIL, 1 - TAIL))
+
+    def draw_levels(self, u_N: np.ndarray, group: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Log RMS (N) of ranks `u_N` in a group, and their deviates, float32."""
+        log_N = np.interp(u_N, np.linspace(0, 1, QUANTILES), self.level_GQ[group].numpy())
+        return log_N, torch.special.ndtri(torch.from_numpy(u_N).clamp(TAIL, 1 - TAIL)).float()
+
+    def choose(self, correlation_K: np.ndarray) -> int:
+        """The group whose filter predicts a signal of this autocorrelation best: the largest Gaussian likelihood (Itakura 1975)."""
+        power_G = np.einsum("gk,kl,gl->g", self.taps_GK, toeplitz(correlation_K), self.taps_GK)
+        return int(np.argmax(np.log(self.taps_GK[:, 0].numpy()) - 0.5 * power_G))
+
+    def calibrate(self, group: int, x_NCT: np.ndarray) -> None:
+        """Set the gain of a group so that signals like `x_NCT`, coloured without it, get the mean spectrum of its training signals."""
+        N, C, T = x_NCT.shape
+        ring_CM = torch.from_numpy(np.ascontiguousarray(x_NCT.transpose(1, 0, 2).reshape(C, N * T)))
+        if N * T < 8 * SEGMENT or not (self.power_GF[group] > 0).all():
+            return
+        power_F, wanted_F = mean_spectrum(ring_CM).mean(0), self.power_GF[group]
+        gain_F = (wanted_F / wanted_F.sum() / (power_F / power_F.sum()).clamp_min(1e-30)).sqrt()
+        self.trim_GF[group] = gain_F.clamp(1e-4, 1e2)
+
+
+def restore(names: Sequence[str], tensors: dict[str, torch.Tensor]) -> Whitening:
+    """A whitening from what `tensors` gave."""
+    return Whitening(tuple(names), *(tensors[name] for name in ("taps_GK", "level_GQ", "power_GF", "trim_GF")))
+
+
+def fit(names: Sequence[str], signals: Sequence[list[torch.Tensor]], order: int, samples: int) -> Whitening:
+    """
+    Filters of `order` (0: only a gain) and levels of windows of `samples`, of groups of signals, each float (C, T) and longer than a window.
+
+    A group's filter solves the normal equations of its mean autocorrelation, so its inverse is stable (Makhoul 1975).
+    """
+    taps, levels, powers = [], [], []
+    for group in signals:
+        correlation_K = np.mean([autocorrelation(x_CT, order) for x_CT in group], axis=0)
+        taps.append(predictor(correlation_K))
+        log = np.concatenate([window_levels(x_CT, samples) for x_CT in group])
+        levels.append(np.quantile(log, np.linspace(0, 1, QUANTILES)))
+        long = [mean_spectrum(x_CT.double()).mean(0) for x_CT in group if x_CT.shape[1] >= SEGMENT]
+        powers.append(torch.stack(long).mean(0) if long else torch.zeros(SEGMENT // 2 + 1, dtype=torch.float64))
+    power_GF = torch.stack(powers)
+    tables = (torch.from_numpy(np.stack(rows)) for rows in (taps, levels))
+    return Whitening(tuple(names), *tables, power_GF, torch.ones_like(power_GF))
+
+
+def autocorrelation(x_CT: torch.Tensor, order: int) -> np.ndarray:
+    """Of lags 0 … order, mean over samples and channels, float64 (order + 1)."""
+    x_CT = x_CT.double()
+    n = 2 ** math.ceil(math.log2(x_CT.shape[1] + order + 1))  # no lag wraps around
+    power_CF = torch.fft.rfft(x_CT, n).abs().square()
+    lags_CK = torch.fft.irfft(power_CF, n)[:, : order + 1]
+    return (lags_CK.mean(0) / x_CT.shape[1]).numpy()
+
+
+def predictor(correlation_K: np.ndarray) -> np.ndarray:
+    """
+    Taps (order + 1) of the filter that makes a signal of this autocorrelation white and of variance 1, as far as its order goes.
+
+    Raises ValueError for a signal without power.
+    """
+    if not correlation_K[0] > 0:
+        raise ValueError("a signal without power can't be whitened")
+    scale = math.sqrt(correlation_K[0])
+    correlation_K = correlation_K / correlation_K[0]
+    correlation_K[0] *= 1 + WHITE_FLOOR
+    taps_K = np.ones(1)
+    if len(correlation_K) > 1:
+        weight_K = np.linalg.solve(toeplitz(correlation_K[:-1]), correlation_K[1:])
+        taps_K = np.concatenate([taps_K, -weight_K])
+    return taps_K / (scale * math.sqrt(taps_K @ correlation_K))
+
+
+def toeplitz(correlation_K: np.ndarray) -> np.ndarray:
+    """The symmetric matrix of an autocorrelation (K, K)."""
+    lag_K = np.arange(len(correlation_K))
+    return correlation_K[np.abs(lag_K[:, None] - lag_K)]
+
+
+def mean_spectrum(x_CT: torch.Tensor) -> torch.Tensor:
+    """Power (C, F), mean over half-overlapping Hann segments (Welch 1967)."""
+    hann_S = torch.hann_window(SEGMENT, dtype=x_CT.dtype)
+    return torch.fft.rfft(x_CT.unfold(1, SEGMENT, SEGMENT // 2) * hann_S).abs().square().mean(1)
+
+
+def log_rms(x_BCT: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
+    """Natural logarithm of the RMS of windows over good channels (B); silence is at -14."""
+    power_BC = x_BCT.double().square().mean(2)
+    power_B = power_BC.mean(1) if mask_BC is None else (power_BC * mask_BC).sum(1) / mask_BC.sum(1).clamp_min(1)
+    return 0.5 * torch.log(power_B + 1e-12)
+
+
+def window_levels(x_CT: torch.Tensor, samples: int) -> np.ndarray:
+    """Log RMS of windows of a signal, every eighth of a window."""
+    power_T = x_CT.double().square().mean(0)
+    sums_T = torch.cat([power_T.new_zeros(1), power_T.cumsum(0)])
+    ends_W = torch.arange(samples, len(sums_T), max(1, samples // 8))
+    return (0.5 * torch.log((sums_T[ends_W] - sums_T[ends_W - samples]) / samples + 1e-12)).numpy()

@@ -1,0 +1,91 @@
+"""The page about a flow is whole, needs no network, and says when a flow fails; a real browser shows it. From caches and from arrays."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from lib import quality_report, surrogates
+from lib.generated import write_generated
+from tests.recipes import run
+from tests.test_quality import RATE_HZ, L, machine
+from tests.test_report import Page
+
+RULE = """name = "machine"
+kind = "vibration"
+pattern = '(?P<subject>(?P<fault>[ab])(?P<number>\\d))\\.npy'
+rate_hz = 1000
+unit = "g"
+"""
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """Eight recordings of two faults as a cache, and surrogates of their windows as a generated one."""
+    folder = tmp_path_factory.mktemp("machine")
+    x_NCL, _, block_N = machine(8, 100)
+    for r in range(8):
+        np.save(folder / f"{'ab'[r % 2]}{r}.npy", x_NCL[block_N == r].ravel().astype(np.float32))
+    (folder / "dataset.toml").write_text(RULE)
+    status, found, words = run("--source", folder, "--cache", folder / "cache", "--workers", 1)
+    assert status == 0 and found["recordings"] == 8, words
+    template = {
+        "signal": {"recipe": 3, "kind": "vibration", "rate_hz": RATE_HZ, "band_hz": None, "notch_hz": None, "reference": "none",
+                   "channels": "all", "missing": "reject", "scale": "robust", "causal": False, "engine": "fft", "min_seconds": 0.05, "dtype": "float16"},
+        "unit": "g", "dataset": "machine", "positions": [None], "names": ["vibration"],
+    }  # fmt: skip
+    pairs = []
+    for r in range(8):
+        fake_NCL = surrogates.phase_randomised(x_NCL[block_N == r][:50], np.random.default_rng(r))
+        pairs.append((template | {"key": f"k{r}", "subject": f"s{r}", "columns": {"fault": "ab"[r % 2]}}, fake_NCL))
+    from lib.cache import Cache
+
+    names = Cache(folder / "cache").recordings[0].names
+    pairs = [(template | {"names": list(names)}, fake) for template, fake in pairs]
+    write_generated(folder / "generated", pairs, "a flow", "made in a test")
+    return folder / "cache", folder / "generated"
+
+
+@pytest.fixture(scope="module")
+def page(caches, tmp_path_factory):
+    options = {"columns": ("fault",), "network": False, "legacy": False}
+    rows, figures = quality_report.judge_caches([caches[0]], caches[1], L, by_time=True, **options)
+    assert rows["class_accuracy"]["floor_iid"] > 0.9 and abs(rows["envelope_db"]["skill"]) < 0.5
+    assert set(figures["labels_fake"]) == {"a", "b"} and figures["unit"] == "g"
+    anomalies = {"5-NN": dict.fromkeys(("auroc", "low", "high", "gain", "gain_low", "gain_high", "error"), 0.5)}
+    log = [{"step": i, "loss": 2 / (i + 1), "val_loss": 1.0, "lr": 0.1, "grad_norm": 1.0} for i in range(4)]
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    words = {"command": "python train_flow.py --cache <c> && echo", "anomaly": anomalies, "log": log}
+    quality_report.write(path, "a & flow", rows, **figures, sweep={1: rows, 16: rows}, **words)
+    return path
+
+
+def test_the_page_is_whole(page):
+    found = Page(page.read_text())
+    assert not found.links and len(found.images) == 5
+    text = " ".join(found.text)
+    for words in ("a & flow", "copies of training windows", "coverage", "block floor", "memorisation", "5-NN"):
+        assert words in text, words
+    assert "python train_flow.py --cache <c> && echo" in text
+
+
+def test_a_real_browser_shows_it(page, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no browser: install chromium to open the report in one")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=2000",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    words = [browser, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{page}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "<h2>Verdict</h2>" in done.stdout and done.stdout.count("<img") == 5
+
+
+def test_new_recordings_are_their_own_floor(caches):
+    rows, _ = quality_report.judge_caches([caches[0]], caches[1], L, by_time=False, network=False, legacy=False)
+    assert "floor_block" in rows["log_psd_db"] and "class_accuracy" not in rows

@@ -1,0 +1,890 @@
+"""
+Learn to generate windows of EEG or vibration, and to say how unusual a window is: rectified flow, phase 4.
+
+    python train_flow.py --cache cache/cwru --preset mini                       # vibration, two cores, minutes
+    python train_flow.py --cache cache/demo cache/cwru --label fault            # several data sets, of any rates, in one model
+    python train_flow.py --init runs/jepa-1/encoder.safetensors --contrast 0.1  # around a pretrained encoder, which goes on learning
+    python train_flow.py --sample 800 --model runs/flow-1/model.safetensors --out cache/generated
+    python train_flow.py --score --model runs/flow-1/model.safetensors --cache cache/other
+    torchrun --nproc-per-node 8 train_flow.py --preset base                     # the same result from 8 processes
+
+Needs a cache (build_cache.py). Windows are whitened by a filter and their level is divided out; a network around the encoder's blocks
+learns the velocity from noise to such windows, for given conditions or none; sampling takes it back, and filter and level with it.
+runs/NAME/model.safetensors has all that sampling needs, runs/NAME/encoder.safetensors the encoder. To ablate something that is not a
+flag, copy this file.
+
+Shape letters: B windows, C channels, T samples, N generated windows or tokens, F conditions, D width, E width of a projection, R recordings.
+"""
+
+import copy
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from lib import anomaly, command, conditions, flow, plot, recovery, whitening
+from lib.balance import Balance
+from lib.contrast import loss_infonce, units
+from lib.corpus import Corpus
+from lib.errors import Unusable
+from lib.flops import StepCost, matmul_rate
+from lib.generated import write_generated
+from lib.lineage import check_leak, digest, inherited, trained_on
+from lib.masks import uniform
+from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
+from lib.optim import decay_groups, ema_update, warmup_cosine
+from lib.precision import DTYPES, autocast, choose_dtype
+from lib.prefetch import Prefetch
+from lib.ranks import Ranks, join
+from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.samplers import UniformSampler
+from lib.store import write_atomic
+from lib.tensors import load_tensors, save_tensors
+from lib.traits import class_name
+from lib.velocity import Shape, Velocity, build_velocity, describe, rebuild
+from lib.views import Strength, draws, make_view
+
+FORMAT, VERSION = "berger-flow", 1
+MOST_TEMPLATES = 512  # training recordings that a model file remembers conditions, montage, filter and levels of
+EVAL_STEP = 2**30  # from here on, "steps" whose random numbers draw what is evaluated, calibrated and paired
+EVAL_TIMES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    # instead of training
+    sample: int = 0  # windows to generate by --model into the cache --out; 0: train
+    score: bool = False  # how strange --model finds the held-out windows of --cache
+    healthy: str | None = (
+        None  # column=value of recordings that aren't, for --score; none: there are no others to tell apart
+    )
+    score_windows: int = 400  # of each of the healthy and the held-out ones
+    model: str | None = None  # model.safetensors of a run, for --sample and --score
+    out: str = "cache/generated"  # directory for --sample
+    given: tuple[str, ...] = ()  # conditions of samples, as in: label=ball speed=1772; none: as in training recordings
+    unconditional: bool = False  # samples for no condition but their level
+    guidance: float = 1.0  # classifier-free, of samples; 1: plain
+    nfe: int = 16  # evaluations of the network per sample, 1 to 50 or so
+    solver: Literal["heun", "euler", "midpoint", "sde"] = "heun"  # of the way from noise to data
+    # data
+    cache: tuple[str, ...] = ("cache/demo",)  # directories written by build_cache.py; rates and units may differ
+    window: int = 1024  # samples of a window, whatever the rate
+    stride: int = 512  # samples from one window's start to the next
+    hold_out: Literal["subject", "time"] = (
+        "subject"  # what validation is on: the val split, or the end of each recording
+    )
+    train_share: float = 0.6  # of every recording's time, if that is held out
+    max_channels: int = 8  # channels of a training window, drawn anew each time, for speed; 0: all
+    batch: int = 32  # windows per step, over all ranks
+    micro: int = 0  # windows per forward pass on one device, for memory; 0: all of a montage at once
+    steps: int | None = 6000  # optimizer steps; none: from --epochs
+    epochs: float = 100.0  # passes over the training windows; counts if --steps is none
+    # conditions; what no recording has is left out
+    label: tuple[str, ...] = ()  # columns that are the label, jointly, as in: fault diameter
+    domain: tuple[str, ...] = ()  # columns that are the domain (load, site, subject), jointly
+    speed: str = "rpm"  # column with the speed of a machine
+    traits: tuple[str, ...] = ()  # further columns, each a condition
+    drop: float = 0.1  # share of windows that lose a condition, and share that lose all
+    # target
+    whiten_order: int = 64  # of the filter that windows are whitened by, samples; 0: no filter
+    whiten_by: Literal["recording", "dataset"] = "recording"  # whose filters and levels
+    level: bool = True  # divide out a window's RMS and condition on it
+    calibrate: int = 1024  # samples that the final gain per frequency is measured on; 0: no such gain
+    predict: Literal["preconditioned", "v", "x1"] = "preconditioned"  # what the network's output means
+    times: Literal["logit-normal", "uniform", "ends"] = "logit-normal"  # where on the path it is trained
+    uniform_share: float = 0.1  # of these times that are uniform all the same
+    reflow: str | None = (
+        None  # model.safetensors whose own pairs of noise and sample are learned, for fewer evaluations
+    )
+    pairs: int = 4096  # of them
+    # network
+    share: Literal["trunk", "cond", "repa", "none"] = (
+        "trunk"  # the encoder: its blocks are used, looked at, imitated, or not
+    )
+    init: str | None = None  # encoder.safetensors to start from; its architecture replaces the four flags below
+    encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
+    d_model: int = 96  # width of tokens
+    layers: int = 2  # depth
+    heads: int = 4  # attention heads
+    patch: int = 64  # samples per token
+    widths: tuple[int, ...] = (24, 64)  # of the stages above the tokens
+    kernel: int = 5  # taps of their convolutions
+    # further losses
+    contrast: float = 0.0  # weight of InfoNCE between features of two augmented views of real windows
+    align: float = 0.5  # weight of imitating the encoder, for --share repa
+    balance: Literal["fixed", "gradnorm", "uncertainty"] = "fixed"  # how the weights go on from there
+    temperature: float = 0.1  # of InfoNCE
+    allow_leak: bool = False  # validate on people that an --init was trained on
+    # optimizer
+    lr: float = 2e-3  # peak of AdamW's learning rate
+    weight_decay: float = 0.01  # of weight matrices
+    warmup: float = 0.03  # share of the steps
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999  # momentum of the averaged network, which samples are from
+    # evaluation
+    val_windows: int = 256  # windows for val_loss
+    keep: int = 3  # models of lowest val_loss kept in best/ beside the last one
+
+
+PRESETS = {
+    "mini": {},
+    "base": dict(steps=None, d_model=256, layers=6, heads=8, widths=(48, 128), batch=64, micro=32, max_channels=24, window=1024, lr=5e-4, ema=0.9995,
+                 contrast=0.1, val_windows=512, warmup=0.02, log_every=20, eval_every=1000, save_every=1000),
+    "full": dict(steps=None, d_model=512, layers=12, heads=8, widths=(64, 192), batch=256, micro=32, max_channels=0, window=1024, lr=2e-4, ema=0.9999,
+                 contrast=0.1, val_windows=1024, warmup=0.02, log_every=20, eval_every=1000, save_every=1000),
+}  # fmt: skip
+
+
+@dataclass
+class Part:
+    """Windows of one micro-batch on their way from noise, and two views of them for the encoder."""
+
+    x1_BCT: torch.Tensor  # whitened, level divided out
+    x0_BCT: torch.Tensor
+    t_B: torch.Tensor
+    code_BF: torch.Tensor
+    positions_BC3: torch.Tensor
+    mask_BC: torch.Tensor | None  # None: every channel is good
+    raw_BCT: torch.Tensor  # in the cache's unit, as an encoder takes it
+    a_BCT: torch.Tensor | None  # views; None if nothing is compared
+    a_mask_BC: torch.Tensor | None
+    b_BCT: torch.Tensor | None
+    b_mask_BC: torch.Tensor | None
+    index_B: np.ndarray  # places in the global batch
+
+    def to(self, device: torch.device) -> "Part":
+        """The same on another device."""
+        if device.type == "cpu":
+            return self
+        moved = (v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in vars(self).values())
+        return Part(*moved)
+
+
+@dataclass
+class Target:
+    """What turns recordings into what is learned: windows, filters, conditions."""
+
+    corpus: Corpus
+    whiten: whitening.Whitening
+    group_R: np.ndarray  # filter of each recording
+    code_RF: torch.Tensor  # conditions of each recording
+
+
+def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int, step: int, drop: float) -> list[Part]:
+    """
+    Read windows in micro-batches, whiten them, and draw noise, times, dropped conditions and views.
+
+    What happens to a window depends on (seed, step, its index in the global batch), not on how the batch is divided.
+    """
+    corpus, parts = target.corpus, []
+    for part in corpus.read(recording_B, start_B, index_B, cfg.max_channels, micro, cfg.seed, step):
+        row_B, index = part.recording_B, part.index_B
+        x1_BCT, level_B = target.whiten.whiten(part.x_BCT, target.group_R[row_B], part.mask_BC, cfg.level)
+        code_BF = target.code_RF[torch.from_numpy(row_B)]
+        code_BF[:, -1] = level_B if cfg.level else math.nan
+        u_BF = torch.from_numpy(uniform(cfg.seed, step, index, code_BF.shape[1] + 1, "flow drop"))
+        code_BF = conditions.dropped(code_BF, u_BF, drop)
+        t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
+        x0_BCT = flow.draw_noise(cfg.seed, step, index, x1_BCT.shape[1:])
+        raw_BCT = part.x_BCT[:, :, corpus.before :].contiguous()
+        views = [None] * 4
+        if cfg.contrast:
+            rate_hz = corpus.rate_hz(row_B[0])
+            some = dict(
+                shift_s=0.125 * corpus.samples / rate_hz, amplitude_db=1.6, bandstop_hz=0.1 * rate_hz, dropout=0.3
+            )
+            good_BC = torch.ones(raw_BCT.shape[:2], dtype=torch.bool) if part.mask_BC is None else part.mask_BC
+            for v in range(2):  # two views of one window have two indices
+                how = (rate_hz, Strength(**some), draws(cfg.seed, step, index + v * cfg.batch))
+                x_BCT, seen_BC = make_view(raw_BCT, part.positions_BC3, good_BC, *how)
+                views[2 * v : 2 * v + 2] = x_BCT, None if seen_BC.all() else seen_BC
+        parts.append(Part(x1_BCT, x0_BCT, t_B, code_BF, part.positions_BC3, part.mask_BC, raw_BCT, *views, index))
+    return parts
+
+
+class Model(nn.Module):
+    """The velocity network, an encoder of its own if it doesn't share its, and heads: what the gradient goes to."""
+
+    def __init__(self, net: Velocity, encoder: nn.Module | None, cfg: Config):
+        super().__init__()
+        self.net, self.share = net, cfg.share
+        self.own_encoder = encoder
+        d, width = net.encoder.architecture.d_model, self.encoder.architecture.d_model
+        self.project = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 32)) if cfg.contrast else None
+        self.imitate = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, width)) if cfg.share == "repa" else None
+        if cfg.share == "repa":
+            encoder.requires_grad_(False)
+        elif not cfg.contrast and cfg.share != "cond":  # nothing reaches it
+            for module in (self.encoder.embed, *([] if encoder is None else [encoder])):
+                module.requires_grad_(False)
+        if encoder is not None:
+            net.encoder.embed.requires_grad_(False)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """What makes features of clean windows."""
+        return self.net.encoder if self.own_encoder is None else self.own_encoder
+
+    def views(self, part: Part) -> torch.Tensor:
+        """Projected views side by side (B, 2 E)."""
+        z_BND = (
+            self.encoder(x, part.positions_BC3, m)
+            for x, m in ((part.a_BCT, part.a_mask_BC), (part.b_BCT, part.b_mask_BC))
+        )
+        masks = (part.a_mask_BC, part.b_mask_BC)
+        return torch.cat([self.project(mean_of(z, m)).float() for z, m in zip(z_BND, masks, strict=True)], 1)
+
+    def forward(self, part: Part, predict: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Flow loss of each window, and how unlike the encoder's its tokens are (B) if they should imitate them."""
+        x_BCT = flow.between(part.x0_BCT, part.x1_BCT, part.t_B)
+        signal, seen_BD = (part.raw_BCT, part.positions_BC3, part.mask_BC), None
+        if self.share == "cond":  # dropped where all conditions were
+            kept_B1 = part.code_BF[:, -1:].isfinite()
+            seen_BD = torch.where(kept_B1, mean_of(self.encoder(*signal), part.mask_BC), 0.0)
+        out_BCT, z_BND = self.net(x_BCT, part.t_B, part.code_BF, part.positions_BC3, part.mask_BC, seen_BD)
+        v_BCT = flow.to_velocity(out_BCT.float(), x_BCT, part.t_B, predict)
+        loss_B = flow.loss_flow(v_BCT, part.x0_BCT, part.x1_BCT, part.mask_BC)
+        if self.imitate is None:
+            return loss_B, None
+        with torch.no_grad():
+            wanted_BND = self.encoder(*signal).float()
+        unlike_BN1 = 1 - F.cosine_similarity(self.imitate(z_BND).float(), wanted_BND, dim=2)[:, :, None]
+        return loss_B, mean_of(unlike_BN1, part.mask_BC)[:, 0]
+
+
+def mean_of(z_BND: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens of good channels (B, D), float32."""
+    if mask_BC is None:
+        return z_BND.float().mean(1)
+    good_BN1 = mask_BC.repeat_interleave(z_BND.shape[1] // mask_BC.shape[1], 1)[:, :, None]
+    return torch.where(good_BN1, z_BND.float(), 0.0).sum(1) / good_BN1.sum(1).clamp_min(1)
+
+
+def contrast(model: Model, parts: list[Part], cfg: Config, dtype: str, ranks: Ranks) -> tuple[float, torch.Tensor]:
+    """
+    InfoNCE of the views of the global batch, and its gradient by them (batch, 2 E).
+
+    It needs all windows at once, which neither a rank nor a micro-batch has: views are projected without a gradient first, and the second
+    pass takes each window's share of it (GradCache, Gao 2021).
+    """
+    with torch.no_grad(), autocast(ranks.device.type, dtype):
+        y_SE = torch.cat([model.views(part.to(ranks.device)) for part in parts])
+    order_S = torch.from_numpy(np.argsort(np.concatenate([p.index_B for p in parts]))).to(ranks.device)
+    y_BE = ranks.gather(y_SE[order_S], cfg.batch).requires_grad_()
+    alike_VV = torch.eye(cfg.batch, dtype=torch.bool, device=ranks.device).repeat(2, 2)
+    views_VE = units(torch.cat(y_BE.chunk(2, 1)))
+    loss = loss_infonce(views_VE, alike_VV, torch.zeros_like(alike_VV), cfg.temperature)
+    loss.backward()
+    return float(loss.detach()), y_BE.grad
+
+
+@torch.no_grad()
+def evaluate(model: Model, net: Velocity, parts: list[Part], cfg: Config, dtype: str) -> dict[str, float]:
+    """The averaged network's loss on held-out windows, the same windows, noise and times every time, and at three times."""
+    device, losses = (
+        model.net.shared.device,
+        {name: [] for name in ("val_loss", *(f"val_loss_t{t:g}" for t in EVAL_TIMES))},
+    )
+    trained, model.net = model.net, net
+    for part in (p.to(device) for p in parts):
+        own_t_B = part.t_B
+        for name, t in zip(losses, (None, *EVAL_TIMES), strict=True):
+            part.t_B = own_t_B if t is None else torch.full_like(own_t_B, t)
+            with autocast(device.type, dtype):
+                losses[name].append(model(part, cfg.predict)[0].cpu())
+        part.t_B = own_t_B
+    model.net = trained
+    return {name: float(torch.cat(values).mean()) for name, values in losses.items()}
+
+
+def check(cfg: Config, ranks: Ranks) -> None:
+    """Raises Unusable for flags that make no sense, alone or together."""
+    if cfg.batch < ranks.world:
+        raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
+    if not (
+        0 < cfg.train_share < 1
+        and 0 <= cfg.drop < 1
+        and 0 <= cfg.uniform_share <= 1
+        and 0 <= cfg.ema < 1
+        and 0 <= cfg.warmup <= 1
+    ):
+        raise Unusable(
+            "--train-share must lie between 0 and 1, --drop and --ema in 0 to below 1, --uniform-share and --warmup in 0 to 1"
+        )
+    names = "batch window stride nfe lr clip log_every val_windows steps epochs pairs kernel temperature patch"
+    for name in names.split():
+        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
+            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
+    names = (
+        "sample micro max_channels eval_every save_every weight_decay seed keep whiten_order calibrate contrast align"
+    )
+    for name in names.split():
+        if getattr(cfg, name) < 0:
+            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
+    if cfg.kernel % 2 == 0 or not cfg.widths or min(cfg.widths) < 1:
+        raise Unusable(f"--kernel {cfg.kernel} must be odd, and --widths {cfg.widths} positive")
+    if cfg.share == "repa" and not (cfg.init and cfg.align):
+        raise Unusable("--share repa imitates a trained encoder: give --init, and --align above 0")
+    if cfg.contrast and cfg.batch < 2:
+        raise Unusable("--contrast compares windows: it needs a --batch of at least two")
+    if (cfg.sample or cfg.score) and not cfg.model:
+        raise Unusable("--sample and --score need --model: model.safetensors of a run")
+
+
+# ----------------------------------------------------------------------------
+# what is learned
+
+
+def start_encoder(cfg: Config, corpus: Corpus) -> tuple[nn.Module, list[dict]]:
+    """The encoder to build on and the lineage of the file it comes from. Raises Unusable."""
+    if cfg.init:
+        encoder, init = load_encoder(cfg.init, corpus.caches[0])
+        if encoder.architecture.adapter != "none":
+            raise Unusable(
+                f"--init {cfg.init} has the adapter {encoder.architecture.adapter}; a flow needs one without (--adapter none)"
+            )
+        return encoder.train(), inherited(init, cfg.init)
+    architecture = Architecture(cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, corpus.rate_hz(0), cfg.patch)
+    return build_encoder(architecture), []
+
+
+def fit_target(
+    cfg: Config, corpus: Corpus, run: Run | None = None
+) -> tuple[Target, list[conditions.Condition], Counter]:
+    """Filters and levels, from the training part; conditions, from training recordings; and how many values others have beyond these."""
+    rows = corpus.rows("train")
+    columns = {
+        "dataset": ("dataset",),
+        "label": cfg.label,
+        "domain": cfg.domain,
+        "speed": (cfg.speed,) if cfg.speed else (),
+    }
+    columns |= {name: (name,) for name in cfg.traits}
+    named = {name: words for name, words in columns.items() if words}
+    values = corpus.values(named)
+    for i, row in enumerate(values):
+        row["rate"] = corpus.rate_hz(i)
+    learned = conditions.learn([values[i] for i in rows], [*list(named)[:1], "rate", *list(named)[1:]])
+    for name in ("label", "domain", *cfg.traits):
+        if named.get(name) and not any(name in values[i] for i in rows):
+            raise Unusable(
+                f"--{name if name in ('label', 'domain') else 'traits'} {' '.join(named[name])}: no training recording has it"
+            )
+    unknown: Counter = Counter()
+    code_RF = torch.tensor([conditions.encode(learned, row, unknown) for row in values], dtype=torch.float32)
+
+    key_of = {
+        i: corpus.recordings[i].key if cfg.whiten_by == "recording" else corpus.recordings[i].dataset for i in rows
+    }
+    members: dict[str, list[int]] = {}
+    for i in rows:
+        members.setdefault(key_of[i], []).append(i)
+    chosen = even(sorted(members), MOST_TEMPLATES)
+    signals = {name: [x for i in even(members[name], 64) for x in corpus.signal(i)] for name in chosen}
+    signals = {name: stretches for name, stretches in signals.items() if stretches}
+    whiten = whitening.fit(tuple(signals), list(signals.values()), cfg.whiten_order, cfg.window)
+    group_of = {name: g for g, name in enumerate(signals)}
+    group_R = np.array([group_of.get(key_of.get(i), -1) for i in range(len(corpus.recordings))])
+    held = {i for part in ("train", "val") for i in corpus.rows(part)}
+    for i in sorted(
+        held & set(np.flatnonzero(group_R < 0).tolist())
+    ):  # without a filter of its own: the one that fits best
+        stretches = corpus.signal(i, "train" if i in key_of else "val")
+        if stretches:
+            group_R[i] = whiten.choose(whitening.autocorrelation(stretches[0], cfg.whiten_order))
+    return Target(corpus, whiten, np.maximum(group_R, 0), code_RF), learned, unknown
+
+
+def even(items: list, most: int) -> list:
+    """At most so many of them, evenly chosen."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]
+
+
+def templates_of(cfg: Config, target: Target) -> list[dict]:
+    """What sampling takes from training recordings: montage, scales, filter, conditions. Subjects are hashes, as in lineages."""
+    corpus, found = target.corpus, []
+    for i in even(corpus.rows("train"), MOST_TEMPLATES):
+        recording, cache = corpus.recordings[i], corpus.caches[corpus.cache_R[i]]
+        row = int(corpus.row_R[i])
+        batch = cache.read([row], [corpus.recordings[i].segments[0][0]], 1)
+        good_C = batch.mask_BC[0].numpy()
+        places = batch.positions_BC3[0].double().tolist()
+        keep = np.flatnonzero(good_C)
+        scale_C, offset_C = cache.scales(row)
+        columns = {
+            w: v
+            for w in (*cfg.label, *cfg.domain, cfg.speed, *cfg.traits)
+            if w and (v := cache.column(w)[row]) is not None
+        }
+        columns = {w: digest(str(v)) if w == "subject" else v for w, v in columns.items() if v == v}
+        found.append({
+            "key": f"{digest(recording.key)}", "dataset": recording.dataset, "subject": digest(recording.subject),
+            "columns": columns, "signal": cache.signal, "unit": cache.unit, "group": int(target.group_R[i]),
+            "code": [None if v != v else v for v in target.code_RF[i].tolist()],
+            "names": [recording.names[c] for c in keep],
+            "positions": [None if places[c][0] != places[c][0] else places[c] for c in keep],
+            "scale": scale_C[keep].tolist(), "offset": offset_C[keep].tolist(),
+        })  # fmt: skip
+    return found
+
+
+def make_pairs(path: str, target: Target, templates: list[dict], cfg: Config) -> list[tuple]:
+    """For one round of reflow (Liu 2023): (x1, x0, codes, positions) of each template, by the teacher's own paths."""
+    teacher, _, meta = load_model(path)
+    each, found = -(-cfg.pairs // len(templates)), []
+    for k, template in enumerate(templates):
+        index_N = k * each + np.arange(each)
+        _, code_NF = draw_levels(target.whiten, template, index_N, cfg.seed)
+        positions_C3 = positions_of(template)
+        x1_NCT = flow.sample(
+            teacher, code_NF, positions_C3, cfg.window, meta["predict"], 1.0, 32, "heun", cfg.seed, index_N[0]
+        )
+        x0_NCT = flow.draw_noise(cfg.seed, 0, index_N, x1_NCT.shape[1:])
+        found.append((x1_NCT, x0_NCT, code_NF, positions_C3.expand(each, -1, -1)))
+    return found
+
+
+def paired(pairs: list[tuple], part: Part, cfg: Config, step: int) -> Part:
+    """The part with pairs of a teacher instead of windows and independent noise."""
+    u_B2 = uniform(cfg.seed, step, part.index_B, 2, "flow pair")
+    kinds = [p for p in pairs if p[0].shape[1] == part.x1_BCT.shape[1]] or pairs
+    some = kinds[int(u_B2[0, 0] * len(kinds))] if len({p[0].shape[1] for p in kinds}) > 1 else None
+    picks = [some or kinds[int(u * len(kinds))] for u in u_B2[:, 0]]
+    rows = [[t[int(u * len(t))] for t in pick] for pick, u in zip(picks, u_B2[:, 1], strict=True)]
+    x1_BCT, x0_BCT, code_BF, positions_BC3 = (torch.stack(column) for column in zip(*rows, strict=True))
+    keep = dict(vars(part), x1_BCT=x1_BCT, x0_BCT=x0_BCT, code_BF=code_BF, positions_BC3=positions_BC3, mask_BC=None)
+    return Part(**keep)
+
+
+# ----------------------------------------------------------------------------
+# training
+
+
+def main(cfg: Config) -> dict | None:
+    ranks = join(cfg.device)
+    check(cfg, ranks)
+    if cfg.sample or cfg.score:
+        return generate(cfg, ranks) if cfg.sample else score(cfg, ranks)
+    device = ranks.device
+    torch.manual_seed(cfg.seed)
+    corpus = Corpus(cfg.cache, cfg.window, cfg.whiten_order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
+    encoder, lineage = start_encoder(cfg, corpus)
+    target, learned, unknown = fit_target(cfg, corpus)
+    train, rows = corpus.windows("train"), corpus.rows("train")
+    held = corpus.rows("val") if corpus.spans["val"] and len(corpus.windows("val")) else []
+    val = corpus.windows("val" if held else "train")
+    if cfg.hold_out == "subject":
+        check_leak(lineage, [corpus.recordings[i].subject for i in held], (), cfg.allow_leak)
+    sampler, share = UniformSampler(len(train), cfg.batch, cfg.seed), ranks.share(cfg.batch)
+    steps = cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
+    warmup = max(1, round(cfg.warmup * steps))
+
+    run = Run(cfg, __file__, ranks)
+    if unknown:
+        run.say(f"conditions that training recordings don't have, taken as unknown: {dict(unknown.most_common(5))}")
+    if not cfg.init:
+        some = corpus.read(*train.locate(sampler.ids(0)), np.arange(cfg.batch), cfg.max_channels, 0, cfg.seed, 0)
+        length = corpus.samples - corpus.samples % cfg.patch
+        patches = [
+            (p.x_BCT if p.mask_BC is None else p.x_BCT[p.mask_BC])[..., -length:].reshape(-1, cfg.patch) for p in some
+        ]
+        encoder.embed.calibrate(torch.cat(patches))
+    shared = cfg.share == "trunk"
+    shape = Shape(cfg.widths, cfg.kernel, look=cfg.share == "cond")
+    net = Velocity(encoder, learned, shape) if shared else build_velocity(encoder.architecture, learned, shape)
+    model = Model(net, None if shared else encoder, cfg).to(device)
+    ema = copy.deepcopy(model.net).requires_grad_(False).eval()
+    losses = ("flow", *(["contrast"] if cfg.contrast else []), *(["align"] if cfg.share == "repa" else []))
+    balance = Balance(
+        losses, tuple({"flow": 1.0, "contrast": cfg.contrast, "align": cfg.align}[n] for n in losses), cfg.balance
+    ).to(device)
+    modules, parameters = (
+        {"model": model, "ema": ema, "balance": balance},
+        [p for p in model.parameters() if p.requires_grad],
+    )
+    groups = decay_groups(model, cfg.weight_decay)
+    if cfg.balance == "uncertainty":
+        groups.append({"params": [balance.log_variance], "weight_decay": 0.0, "scale": 1.0})
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+    state = {"step": 0, "dtype": None, "recent": [], "best": []} | recovery.fresh(cfg.micro)
+    if cfg.resume:
+        state |= run.restore(modules, optimizer)
+    templates = templates_of(cfg, target)
+    pairs = make_pairs(cfg.reflow, target, templates, cfg) if cfg.reflow else None
+    meta = {
+        "predict": cfg.predict,
+        "window": cfg.window,
+        "level": cfg.level,
+        "groups": target.whiten.names,
+        "templates": templates,
+    }
+    meta |= {"run": run.name, "lineage": lineage, **trained_on_corpus(corpus, rows)}
+
+    def batch_of(step: int, who: np.ndarray = share, micro: int | None = None) -> list[Part]:
+        where = train.locate(sampler.ids(step)[who])
+        parts = draw(target, *where, who, cfg, state["micro"] if micro is None else micro, step, cfg.drop)
+        return [paired(pairs, part, cfg, step) for part in parts] if pairs else parts
+
+    if not state["dtype"]:
+        part = batch_of(0, share if device.type == "cuda" else share[:16], 0)[0].to(device)
+        state["dtype"] = choose_dtype(cfg.dtype, trial(model, part, cfg.predict), ranks)
+    forward = torch.compile(model) if cfg.compile else model
+    if ranks.first:
+        ids = np.linspace(0, len(val) - 1, min(cfg.val_windows, len(val))).astype(np.int64)
+        val_parts = draw(target, *val.locate(ids), np.arange(len(ids)), cfg, cfg.micro or 64, EVAL_STEP, 0.0)
+    if state["step"] == 0:  # what the untrained network gives, and a state to go back to
+        if ranks.first:
+            run.log(0, **evaluate(model, ema, val_parts, cfg, state["dtype"]))
+        run.save(state, modules, optimizer)
+    cost = StepCost(lambda part: model(part.to(device), cfg.predict)[0], model)
+    rate = matmul_rate(DTYPES[state["dtype"]], device)
+    loader = Prefetch(batch_of, state["step"], steps)
+    bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
+    pace, compared, told, pull_BE = Pace(device), -1, 0.0, None
+    for step, parts in loader:
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        lr = state["lr_scale"] * warmup_cosine(step, steps, cfg.lr, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        weights, compares = balance.weights(), balance.compares(step)
+        sums = torch.zeros(len(losses), device=device)
+        pulls = [torch.zeros_like(model.net.shared) for _ in losses]
+        model.net.checkpointing = state["checkpointing"]
+        try:
+            if cfg.contrast and compared != step:  # once, as all ranks take part
+                told, pull_BE = contrast(model, parts, cfg, state["dtype"], ranks)
+                compared = step
+            for part in (p.to(device) for p in parts):
+                with autocast(device.type, state["dtype"]):
+                    flow_B, unlike_B = forward(part, cfg.predict)
+                    own = {"flow": flow_B.sum() / cfg.batch}
+                    if cfg.contrast:  # its value is `told`; this has its gradient
+                        own["contrast"] = (model.views(part) * pull_BE[part.index_B]).sum()
+                    if unlike_B is not None:
+                        own["align"] = unlike_B.sum() / cfg.batch
+                for k, name in enumerate(losses if compares else ()):
+                    (g,) = torch.autograd.grad(own[name], model.net.shared, retain_graph=True, allow_unused=True)
+                    pulls[k] += 0.0 if g is None else g
+                sum(w * own[name] for w, name in zip(weights, losses, strict=True)).backward()
+                sums += torch.stack([own[name].detach() for name in losses])
+        except RuntimeError as error:  # out of memory, or raised again
+            recovery.halve(error, run, state, max(len(p.x1_BCT) for p in parts), checkpoints=True)
+            loader.seek(step)
+            continue
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        *values, stop = ranks.sum([*(p.grad for p in parameters), *pulls], [*sums, run.stop])
+        if cfg.contrast:
+            values[1] = told
+        loss = sum(w * v for w, v in zip(weights, values, strict=True)) + balance.learn(values)
+        norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
+        if recovery.sound(state, loss, norm):
+            optimizer.step()
+            ema_update(ema, model.net, min(cfg.ema, (step + 1) / (step + 10)))
+            if compares:
+                balance.compare(values, [float(p.norm()) for p in pulls])
+            state["recent"].append((loss, norm, *values))
+        elif recovery.skip(run, state, loss, norm, sampler.ids(step).tolist()):
+            recovery.go_back(run, state, modules, optimizer)
+            loader.seek(state["step"])
+            bar.update(state["step"] - step)
+            continue
+        pace.add(
+            began,
+            cfg.batch,
+            sum(p.x1_BCT.shape[:2].numel() for p in parts) * cfg.window / net.encoder.architecture.patch,
+        )
+        bar.update()
+
+        state["step"] = done = step + 1
+        last, values = done == steps, {}
+        if ranks.first and (last or due(done, cfg.eval_every)):
+            values |= evaluate(model, ema, val_parts, cfg, state["dtype"])
+            if path := run.among_best(state, values["val_loss"], cfg.keep):
+                save_model(path, ema, target.whiten, meta | {"step": done})
+        if values or last or due(done, cfg.log_every):
+            means = np.mean(state["recent"] or [(math.nan,) * (2 + len(losses))], axis=0).tolist()
+            names = ("loss", "grad_norm", *(f"loss_{name}" for name in losses))
+            state["recent"] = []
+            counts = {name: state[name] for name in ("skipped", "rollbacks")}
+            counts |= {f"weight_{n}": w for n, w in zip(losses, weights, strict=True) if cfg.balance != "fixed"}
+            speed = pace.take(loader, sum(map(cost, parts)) / rate)
+            run.log(done, **dict(zip(names, means, strict=True)), lr=lr, **counts, **values, **speed)
+            bar.set_postfix(loss=f"{means[0]:.4f}", **({"val_loss": f"{values['val_loss']:.4f}"} if values else {}))
+        on_time = last or due(done, cfg.save_every)
+        if last or (on_time or stop) and not state["streak"]:
+            run.save(state, modules, optimizer, on_time)
+        if stop and not last:
+            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
+            raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
+    bar.close()
+    loader.close()
+
+    results = None
+    if ranks.first:
+        if cfg.calibrate:
+            calibrate(ema, target.whiten, meta, cfg)
+        save_model(run.directory / "model.safetensors", ema, target.whiten, meta | {"step": steps})
+        signal = signal_meta(corpus.caches[0]) | {
+            "window_s": cfg.window / corpus.rate_hz(0),
+            "run": run.name,
+            "lineage": lineage,
+            "step": steps,
+        }
+        save_encoder(run.directory / "encoder.safetensors", model.encoder, signal | trained_on_corpus(corpus, rows))
+        lines = run.lines()
+        plot.curves(lines, run.directory / "curves.png")
+        results = report(run, lines, state, sum(p.numel() for p in model.net.parameters()), dict(unknown))
+    run.close()
+    return results
+
+
+def trained_on_corpus(corpus: Corpus, rows: list[int]) -> dict:
+    """What a file says of the recordings it was trained on; `lib.lineage`."""
+    told = [
+        trained_on(cache, corpus.row_R[[i for i in rows if corpus.cache_R[i] == c]].tolist())
+        for c, cache in enumerate(corpus.caches)
+    ]
+    return {"subjects": sorted({s for t in told for s in t["subjects"]}), "auxiliary": []}
+
+
+def trial(model: Model, part: Part, predict: str) -> Callable[[str], None]:
+    """Forward and backward pass of a throwaway copy, in a number format."""
+    model = copy.deepcopy(model)
+
+    def work(dtype: str) -> None:
+        with autocast(part.x1_BCT.device.type, dtype):
+            loss_B, _ = model(part, predict)
+        loss_B.sum().backward()
+
+    return work
+
+
+def report(run: Run, lines: list[dict], state: dict, parameters: int, unknown: dict) -> dict:
+    """What the command prints: the last line of the log, and val_loss of the untrained network from the first."""
+    lines = [line for line in lines if "event" not in line]
+    first, final = lines[0], lines[-1]
+    metrics = {
+        k: v for k, v in final.items() if k.startswith(("loss", "val_loss", "weight_")) or k in ("skipped", "rollbacks")
+    }
+    metrics["val_loss_untrained"] = first["val_loss"]
+    speeds = [line["windows_per_s"] for line in lines if line.get("windows_per_s")]
+    return {
+        "run": str(run.directory),
+        "step": final["step"],
+        "metrics": metrics,
+        "unknown_conditions": unknown,
+        "windows_per_s": float(np.median(speeds)),
+        "memory_mb": max(line["memory_mb"] for line in lines if "memory_mb" in line),
+        "seconds": round(run.seconds(), 1),
+        "parameters": parameters,
+        "dtype": state["dtype"],
+        "model": str(run.directory / "model.safetensors"),
+        "encoder": str(run.directory / "encoder.safetensors"),
+    }
+
+
+# ----------------------------------------------------------------------------
+# models as files, and what they are for
+
+
+def save_model(path: Path, net: Velocity, whiten: whitening.Whitening, meta: dict) -> None:
+    """Write a network with its filters and everything that sampling and scoring need."""
+    tensors = {f"net.{k}": t for k, t in net.state_dict().items()} | {
+        f"whiten.{k}": t for k, t in whiten.tensors().items()
+    }
+    save_tensors(path, tensors, {"format": FORMAT, "version": VERSION, **describe(net), **meta})
+
+
+def load_model(path: str | Path) -> tuple[Velocity, whitening.Whitening, dict]:
+    """A network (on the CPU, in evaluation mode), its filters, and its metadata. Raises Unusable."""
+    tensors, meta = load_tensors(path)
+    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    net = rebuild(meta)
+    net.load_state_dict({k.removeprefix("net."): t for k, t in tensors.items() if k.startswith("net.")})
+    own = {k.removeprefix("whiten."): t for k, t in tensors.items() if k.startswith("whiten.")}
+    return net.eval().requires_grad_(False), whitening.restore(meta["groups"], own), meta
+
+
+def positions_of(template: dict) -> torch.Tensor:
+    """Places (C, 3) of a template's channels; NaN where unknown."""
+    return torch.tensor([p or [math.nan] * 3 for p in template["positions"]], dtype=torch.float32)
+
+
+def draw_levels(
+    whiten: whitening.Whitening, template: dict, index_N: np.ndarray, seed: int
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Log RMS (N) of windows to generate, from those of the template's group, and their condition codes (N, F)."""
+    u_N = uniform(seed, 0, index_N, 1, "flow level")[:, 0]
+    log_N, deviate_N = whiten.draw_levels(u_N, template["group"])
+    code_F = torch.tensor([math.nan if v is None else v for v in template["code"]], dtype=torch.float32)
+    code_NF = code_F.repeat(len(index_N), 1)
+    code_NF[:, -1] = deviate_N
+    return log_N, code_NF
+
+
+def calibrate(net: Velocity, whiten: whitening.Whitening, meta: dict, cfg: Config) -> None:
+    """Measure what the mean spectrum of samples of each filter lacks, on samples that are used for nothing else."""
+    groups = {t["group"]: t for t in meta["templates"]}
+    each = max(8, cfg.calibrate // len(groups))
+    for k, (group, template) in enumerate(tqdm(groups.items(), desc="calibrating", unit="filter", dynamic_ncols=True)):
+        index_N = EVAL_STEP + k * each + np.arange(each)
+        log_N, code_NF = draw_levels(whiten, template, index_N, cfg.seed)
+        how = (positions_of(template), cfg.window, cfg.predict, 1.0, cfg.nfe, cfg.solver, cfg.seed)
+        w_NCT = flow.sample(net, code_NF, *how, first=int(index_N[0]))
+        whiten.calibrate(group, whiten.colour(w_NCT, group, log_N if cfg.level else None, trim=False))
+
+
+def generate(cfg: Config, ranks: Ranks) -> dict:
+    """Generate windows into a cache, spread evenly over the training recordings that fit --given."""
+    began = time.perf_counter()
+    net, whiten, meta = load_model(cfg.model)
+    net = net.to(ranks.device)
+    given = conditions.parse(net.given.conditions, cfg.given)
+    place = {c.name: f for f, c in enumerate(net.given.conditions)}
+    fitting = [
+        t
+        for t in meta["templates"]
+        if all(t["code"][place[n]] == v or abs((t["code"][place[n]] or 0) - v) < 1e-4 for n, v in given.items())
+    ]
+    fitting = fitting or meta["templates"]  # a combination that no recording had
+    counts = np.diff(np.linspace(0, cfg.sample, len(fitting) + 1).round().astype(int))
+    spent_s, pairs, first = 0.0, [], 0
+    for template, count in zip(
+        tqdm(fitting, desc="sampling", unit="recording", dynamic_ncols=True), counts.tolist(), strict=True
+    ):
+        if not count:
+            continue
+        log_N, code_NF = draw_levels(whiten, template, first + np.arange(count), cfg.seed)
+        for name, value in given.items():
+            code_NF[:, place[name]] = value
+        if cfg.unconditional:
+            code_NF[:, :-1] = math.nan
+        if not meta["level"]:
+            log_N, code_NF[:, -1] = None, math.nan
+        started = time.perf_counter()
+        how = (positions_of(template), meta["window"], meta["predict"], cfg.guidance, cfg.nfe, cfg.solver, cfg.seed)
+        w_NCT = flow.sample(net, code_NF, *how, first=first)
+        spent_s += time.perf_counter() - started
+        first += count
+        x_NCT = whiten.colour(w_NCT, template["group"], log_N)
+        scale_C1, offset_C1 = (np.array(template[name])[:, None] for name in ("scale", "offset"))
+        pairs.append((template, x_NCT * scale_C1 + offset_C1))
+    how = f"python train_flow.py --sample {cfg.sample} --model {cfg.model} --out {cfg.out} --seed {cfg.seed}"
+    recordings = write_generated(cfg.out, pairs, meta["run"], f"{how} --nfe {cfg.nfe} --solver {cfg.solver}")
+    return {
+        "run": meta["run"], "step": meta["step"], "metrics": {}, "cache": cfg.out, "recordings": recordings, "windows": first,
+        "nfe": cfg.nfe, "solver": cfg.solver, "windows_per_s": round(first / spent_s, 1),
+        "seconds": round(time.perf_counter() - began, 2), "model": cfg.model,
+    }  # fmt: skip
+
+
+def score(cfg: Config, ranks: Ranks) -> dict:
+    """How strange held-out windows of --cache are beside its healthy training windows, written as scores.json beside the model."""
+    began = time.perf_counter()
+    net, whiten, meta = load_model(cfg.model)
+    cfg = replace(cfg, max_channels=0, contrast=0.0, level=meta["level"])
+    corpus = Corpus(cfg.cache, meta["window"], whiten.order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
+    column, _, value = (cfg.healthy or "").partition("=")
+    named = corpus.values({column: (column,)}) if column else [{}] * len(corpus.recordings)
+    well_R = np.array([class_name(row.get(column)) == (value or None) for row in named])
+    group_R, parts = np.zeros(len(well_R), np.int64), {}
+    for name, fits in (("train", well_R), ("val", well_R | True)):
+        windows = corpus.windows(name)
+        row_N, start_N = windows.locate(np.arange(len(windows)))
+        kept = np.array(even(np.flatnonzero(fits[row_N]).tolist(), cfg.score_windows), np.int64)
+        for i in np.unique(row_N[kept]).tolist():  # the filter that fits best, whatever is known of the recording
+            group_R[i] = whiten.choose(whitening.autocorrelation(torch.cat(corpus.signal(i, name), 1), whiten.order))
+        code_RF = torch.full((len(well_R), len(net.given.conditions)), math.nan)  # what is asked for is never told
+        target = Target(corpus, whiten, group_R, code_RF)
+        drawn = draw(target, row_N[kept], start_N[kept], np.arange(len(kept)), cfg, 64, EVAL_STEP, 0.0)
+        parts[name] = np.concatenate([p.recording_B for p in drawn]), drawn
+    rates = {corpus.rate_hz(i) for row_N, _ in parts.values() for i in row_N}
+    if len(rates) > 1 or len({p.x1_BCT.shape[1] for _, drawn in parts.values() for p in drawn}) > 1:
+        raise Unusable("--score: recordings differ in rate or channels: give --cache with alike ones")
+    if min(len(row_N) for row_N, _ in parts.values()) < 2 * anomaly.NEIGHBOURS:
+        raise Unusable(
+            f"--score: too few windows to compare with, {[len(row_N) for row_N, _ in parts.values()]} (--healthy {cfg.healthy})"
+        )
+    row_N, _ = parts["val"]
+    scores = anomaly_scores(
+        net, load_encoder_beside(cfg.model, net), parts["train"][1], parts["val"][1], rates.pop(), meta, cfg, ranks
+    )
+    keys = [corpus.recordings[i].key for i in row_N]
+    table = {}
+    if not well_R[row_N].all() and well_R[row_N].any():
+        table = anomaly.table(scores, ~well_R[row_N], keys, cfg.seed)
+    told = {name: {"value": s.value_N.tolist(), "error": s.error_N.tolist()} for name, s in scores.items()}
+    path = Path(cfg.model).with_name("scores.json")
+    write_atomic(
+        path, command.json_line({"recording": keys, "healthy": well_R[row_N], "scores": told, "table": table}).encode()
+    )
+    return {
+        "run": meta["run"], "step": meta["step"], "metrics": {name: row["auroc"] for name, row in table.items()},
+        "windows": len(keys), "scores": str(path), "model": cfg.model, "seconds": round(time.perf_counter() - began, 2),
+    }  # fmt: skip
+
+
+def load_encoder_beside(path: str, net: Velocity) -> nn.Module:
+    """The encoder of the run that a model is of: its file, or the blocks inside the network."""
+    beside = Path(path).with_name("encoder.safetensors")
+    return load_encoder(beside)[0] if beside.exists() else net.encoder
+
+
+@torch.no_grad()
+def anomaly_scores(
+    net: Velocity,
+    encoder: nn.Module,
+    healthy: list[Part],
+    test: list[Part],
+    rate_hz: float,
+    meta: dict,
+    cfg: Config,
+    ranks: Ranks,
+) -> dict[str, anomaly.Score]:
+    """All scores of lib/anomaly.py: plain ones of the signal, neighbours in the encoder's features, and the flow's own, without conditions."""
+    net, encoder = net.to(ranks.device), encoder.to(ranks.device).eval()
+    raw_healthy, raw_test = (torch.cat([p.raw_BCT for p in parts]).numpy() for parts in (healthy, test))
+    white_healthy, white_test = (torch.cat([p.x1_BCT for p in parts]).numpy() for parts in (healthy, test))
+    position_1C3 = test[0].positions_BC3[:1].to(ranks.device)
+
+    def of(x_NCT: torch.Tensor) -> flow.Velocity:
+        code_NF = torch.full((len(x_NCT), len(net.given.conditions)), math.nan, device=ranks.device)
+        return flow.network_velocity(net, code_NF, position_1C3.expand(len(x_NCT), -1, -1), meta["predict"])
+
+    def velocity(x_NCT: np.ndarray, t: float) -> np.ndarray:
+        x_NCT = torch.from_numpy(np.asarray(x_NCT, np.float32)).to(ranks.device)
+        return of(x_NCT)(x_NCT, t).cpu().numpy()
+
+    def encode(x_NCT: np.ndarray, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        x_NCT = torch.from_numpy(x_NCT).to(ranks.device)
+        noise, log_p_N, error_N = flow.log_likelihood(of(x_NCT), x_NCT, cfg.nfe, probes, cfg.seed)
+        return noise.cpu().numpy(), -log_p_N.cpu().numpy(), error_N.cpu().numpy()
+
+    def features(parts: list[Part]) -> np.ndarray:
+        length = encoder.architecture.patch
+        signals = ((p.to(ranks.device), p.raw_BCT.shape[2] // length * length) for p in parts)
+        return torch.cat(
+            [mean_of(encoder(p.raw_BCT[..., :n], p.positions_BC3, p.mask_BC), p.mask_BC).cpu() for p, n in signals]
+        ).numpy()
+
+    scores = anomaly.plain_scores(raw_healthy, raw_test, rate_hz)
+    scores["5-NN of features"] = anomaly.feature_score(features(healthy), features(test))
+    scores["residual"] = anomaly.residual_score(velocity, white_healthy, white_test, seed=cfg.seed)
+    return scores | anomaly.likelihood_scores(encode, white_healthy, white_test)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, Config, __doc__, PRESETS, saved_config))
