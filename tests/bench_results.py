@@ -4,11 +4,13 @@ What pretraining is worth: frozen features of encoders that never saw a subject,
     python tests/bench_results.py                                      # every set, one seed, about an hour on two cores
     python tests/bench_results.py --sets eegmat --seeds 0 1 2          # one set, several seeds
     python tests/bench_results.py --flags "" mask=random "ema=1 lr=3e-4" --no-baselines # ablation: rows of train_jepa.py's flags
+    python tests/bench_results.py --sets eegmat --aligned "pairs=task:1" # train_contrastive.py's goes on from what was pretrained
 
 The subjects of every data set are dealt into folds. Per fold, flags and seed, train_jepa.py runs once on all data sets without that
 fold's subjects (a [split] in dataset.toml keeps them out) and linear models are fitted on the labels of the same others; the
 fold's subjects are only scored. Penalties are chosen by cross-validation over subjects of the fit. "Re-centred": each subject's
-features minus their mean over its own, unlabelled, windows. Untrained: the same initial, calibrated weights.
+features minus their mean over its own, unlabelled, windows. Untrained: the same initial, calibrated weights. The gain of what
+is trained is over untrained, of what is aligned over what it started from.
 
 Prints tables and, last, one JSON line. What can't be measured on the data at hand is left out, with a word on stderr.
 
@@ -16,6 +18,7 @@ Shape letters: B windows, C channels, T samples, N tokens, D width, F features, 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -57,6 +60,7 @@ class Config:
     )  # folders with real recordings to pretrain on, each with its rules in tests/datasets  # fmt: skip
     data: Path = Path(os.environ.get("BERGER_DATA", ROOT.parent / "shared" / "data"))  # where they are
     flags: tuple[str, ...] = ("",)  # of train_jepa.py as name=value, one string per row of the ablation table
+    aligned: tuple[str, ...] = ()  # of train_contrastive.py as name=value value, from what each of `flags` has given
     steps: int = 400  # of pretraining
     seeds: tuple[int, ...] = (0,)
     folds: int = 5  # a pretraining per fold, flags and seed
@@ -184,22 +188,43 @@ def call(script: str, words: list, good: tuple[int, ...] = (0,)) -> dict:
 
 def code() -> str:
     """What identifies the code that trains."""
-    files = [ROOT / "train_jepa.py", *sorted((ROOT / "lib").glob("*.py"))]
+    files = [*sorted(ROOT.glob("train_*.py")), *sorted((ROOT / "lib").glob("*.py"))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def words_of(flags: str) -> list[str]:
+    """The command line of `name=value value name=value`."""
+    named = (part for word in shlex.split(flags) for part in (f"--{word}".split("=", 1) if "=" in word else (word,)))
+    return list(named)
 
 
 def pretrain(cfg: Config, cache: Path, seed: int, flags: str, untrained: bool) -> Path:
     """encoder.safetensors of one run of train_jepa.py, kept from an earlier call where nothing has changed."""
-    named = (part for word in flags.split() for part in f"--{word}".split("=", 1))
-    words = ["--cache", cache, "--seed", seed, "--steps", cfg.steps, *named]
+    words = ["--cache", cache, "--seed", seed, "--steps", cfg.steps, *words_of(flags)]
     if untrained:  # a step of no length leaves the calibrated initial encoder
         words += ["--steps", 1, "--lr", 1e-30]
     words += ["--eval-every", 0, "--save-every", 0, "--probe-windows", 40, "--val-windows", 64]
-    digest = hashlib.sha256(json.dumps([code(), *map(str, words), cfg.corpora, cfg.folds]).encode()).hexdigest()[:12]
+    return trained_by(
+        cfg, "train_jepa.py", words, f"{cache.name}, seed {seed}: {'untrained' if untrained else 'training'} {flags}"
+    )
+
+
+def align(cfg: Config, cache: Path, seed: int, flags: str, init: Path) -> Path:
+    """encoder.safetensors of one run of train_contrastive.py that starts from another."""
+    words = ["--cache", cache, "--seed", seed, "--init", init, *words_of(flags)]
+    words += ["--eval-every", 0, "--save-every", 0, "--probe-windows", 40, "--val-pairs", 64, "--film-subjects", 2]
+    return trained_by(cfg, "train_contrastive.py", words, f"{cache.name}, seed {seed}: aligning {flags}")
+
+
+def trained_by(cfg: Config, script: str, words: list, said: str) -> Path:
+    """encoder.safetensors of a run, kept from an earlier call where nothing has changed."""
+    digest = hashlib.sha256(
+        json.dumps([code(), script, *map(str, words), cfg.corpora, cfg.folds]).encode()
+    ).hexdigest()[:12]
     run = cfg.folder / "runs" / digest
     if not (run / "encoder.safetensors").exists():
-        print(f"{cache.name}, seed {seed}: {'untrained' if untrained else 'training'} {flags}", file=sys.stderr)
-        call("train_jepa.py", [*words, "--name", run, "--overwrite"])
+        print(said, file=sys.stderr)
+        call(script, [*words, "--name", run, "--overwrite"])
     return run / "encoder.safetensors"
 
 
@@ -369,9 +394,9 @@ def balanced_accuracy(right_SK2: np.ndarray, weight_RS: np.ndarray) -> np.ndarra
     return np.nanmean(np.where(all_RK > 0, told_RK / np.maximum(all_RK, 1), np.nan), axis=1)
 
 
-def score(ways: dict[str, list[np.ndarray]]) -> dict[str, dict]:
+def score(ways: dict[str, list[np.ndarray]], start_of: dict[str, str]) -> dict[str, dict]:
     """
-    Balanced accuracy of each way with its 95 % interval over resampled subjects; of a trained encoder also that of its gain.
+    Balanced accuracy of each way with its 95 % interval over resampled subjects, and of its gain over the one it started from.
 
     A way has counts (S, K, 2) per seed, and the mean of the seeds' scores is what is resampled: the interval is of people.
     """
@@ -383,8 +408,8 @@ def score(ways: dict[str, list[np.ndarray]]) -> dict[str, dict]:
         each = [balanced_accuracy(right_SK2, weight_RS) for right_SK2 in counts]
         sampled[name] = np.mean(each, axis=0)
         scores[name] = {"score": interval(sampled[name]), "seeds": [float(e[0]) for e in each]}
-        if name.startswith("trained"):
-            scores[name]["gain"] = interval(sampled[name] - sampled[f"un{name}"])
+        if name in start_of:
+            scores[name]["gain"] = interval(sampled[name] - sampled[start_of[name]])
     return scores
 
 
@@ -416,15 +441,22 @@ def main(cfg: Config) -> dict:
     for fold in range(cfg.folds):
         held_out = {s for s, f in fold_of.items() if f == fold}
         caches.append(build(cfg, f"fold-{fold}", held_out, set(fold_of) - held_out))
-    for flags in cfg.flags:
-        for seed in cfg.seeds:
-            for name in ("untrained", "trained"):
-                paths = [pretrain(cfg, cache, seed, flags, name == "untrained") for cache in caches]
-                for task_name, task in tasks.items():
-                    counts = linear(task, [encode(task, path) for path in paths], f"{name} {flags}".strip())
-                    for way, right_SK2 in counts.items():
-                        ways[task_name].setdefault(way, []).append(right_SK2)
-    results = {name: score(each) for name, each in ways.items()}
+    start_of = {}
+    for flags, seed in itertools.product(cfg.flags, cfg.seeds):
+        untrained, trained = f"untrained {flags}".strip(), f"trained {flags}".strip()
+        paths_of = {
+            name: [pretrain(cfg, c, seed, flags, name == untrained) for c in caches] for name in (untrained, trained)
+        }
+        start_of[trained] = untrained
+        for more in cfg.aligned:
+            name = f"aligned {more} {flags}".strip()
+            inits = zip(caches, paths_of[trained], strict=True)
+            paths_of[name], start_of[name] = [align(cfg, cache, seed, more, init) for cache, init in inits], trained
+        for (name, paths), (task_name, task) in itertools.product(paths_of.items(), tasks.items()):
+            for way, right_SK2 in linear(task, [encode(task, path) for path in paths], name).items():
+                ways[task_name].setdefault(way, []).append(right_SK2)
+    start_of |= {f"{name}, re-centred": f"{start}, re-centred" for name, start in start_of.items()}
+    results = {name: score(each, start_of) for name, each in ways.items()}
     for name, task in tasks.items():
         print(
             f"{name}: {len(task.y_B)} windows, {len(set(task.subject_B))} subjects, chance {1 / len(set(task.y_B)):.3f}"
