@@ -13,4 +13,6 @@ NAMES = "UnreadableWindow ema_ embed_tokens gather_windows path selective_scan s
 def __getattr__(name: str):
     if name not in NAMES:
         raise AttributeError(f"module kernels has no attribute {name}")
-    return getattr(importlib.import_module("kernels.ops"), name)
+    # asked for once: it takes a microsecond
+    found = globals()[name] = getattr(importlib.import_module("kernels.ops"), name)
+    return found

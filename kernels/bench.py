@@ -7,13 +7,15 @@ Time every kernel against its plain-PyTorch meaning and against what this machin
 Prints a table and, last, one JSON line. Variants of a row take turns, so that a busy machine slows all of them alike; figures are
 medians. Bytes are what an operation must read and write, and the share compares their rate with that of a large torch copy; operations
 that compute more than they move also have their multiply-adds compared with a large matrix product. Speed-up is against the first row
-of an operation. Everything runs on the GPU if there is one, but for the window gather and the filter of NumPy arrays.
+of an operation. Everything runs on the GPU if there is one, but for the window gather and the filter of NumPy arrays. Last, train_jepa.py
+runs on made-up recordings with kernels on and off: the logs must be the same to PHASE_TOLERANCE, and the speeds are printed.
 """
 
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import kernels
 from kernels import plain, reference
 
+ROOT = Path(__file__).resolve().parent.parent
+PHASE_TOLERANCE = 1e-3  # relative, of any logged loss or gradient norm; training amplifies rounding step by step
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -43,6 +47,7 @@ class Config:
     cpu_time: bool = False  # of the process instead of the wall's, for a machine that others use; take --threads 1
     compile: bool = True  # torch.compile of the plain forms too: a minute more
     only: str = ""  # operations whose name contains this
+    phase_steps: int = 12  # of train_jepa.py with kernels on and off, twice each: some minutes; 0: none
 
 
 @dataclass
@@ -239,6 +244,46 @@ def scans(cfg: Config, folder: Path) -> Iterator[Case]:
         yield Case(f"selective_scan, forward and backward, {size}", both, values * (9 * E + 6 * S), 18 * R * L * E * S)
 
 
+def run_script(words: str, env: dict[str, str]) -> None:
+    """One of the repository's scripts with its flags; raises CalledProcessError."""
+    subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=env, check=True, capture_output=True)
+
+
+def phases(cfg: Config, folder: Path) -> Iterator[dict]:
+    """A short pretraining with kernels and without, in turns: how far the logs are apart, and how fast each was."""
+    (folder / "raw").mkdir()
+    rng, names = np.random.default_rng(0), "Fp1 Fp2 F7 F3 Fz F4 F8 T7 C3 Cz C4 T8 P7 P3 Pz P4 P8 O1 Oz O2".split()
+    for subject in range(8):
+        x_TC = 20 * rng.standard_normal((12_000, len(names)))
+        np.savetxt(folder / f"raw/s{subject:02d}.csv", x_TC, "%.3f", ",", header=",".join(names), comments="")
+    off = os.environ | {"BERGER_KERNELS": "0"}
+    on = {name: value for name, value in os.environ.items() if (name, value) != ("BERGER_KERNELS", "0")}
+    run_script(f"build_cache.py --source {folder}/raw --cache {folder}/cache --source-rate-hz 200 --source-unit uV", on)
+    flags = f"--cache {folder}/cache --steps {cfg.phase_steps} --log-every 1 --val-windows 16 --probe-windows 16 --dtype float32"
+    for encoder in ("transformer", "mamba"):
+        logs = {"off": [], "on": []}
+        for seed in range(2):
+            for name, env in (("off", off), ("on", on)):
+                run = folder / f"{encoder}-{name}-{seed}"
+                run_script(f"train_jepa.py {flags} --encoder {encoder} --seed {seed} --name {run}", env)
+                lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+                logs[name] += [line for line in lines if line["step"] > 1]  # the first has what is done once
+        pairs = [(a[k], b[k]) for a, b in zip(*logs.values(), strict=True) for k in ("loss", "grad_norm")]
+        apart = max(abs(a / b - 1) for a, b in pairs)
+        # the fastest step: other work on the machine slows some, at random
+        slow, fast = (max(line["windows_per_s"] for line in log) for log in logs.values())
+        speeds = f"{slow:.1f} windows/s without kernels, {fast:.1f} with ({fast / slow:.2f} x)"
+        print(f"train_jepa.py --encoder {encoder}: {speeds}; logs apart by {apart:.1e}", flush=True)
+        assert apart <= PHASE_TOLERANCE, f"{encoder}: {apart} is more than {PHASE_TOLERANCE}"
+        yield {
+            "phase": f"train_jepa {encoder}",
+            "off": slow,
+            "on": fast,
+            "speed_up": round(fast / slow, 3),
+            "apart": apart,
+        }
+
+
 def main(cfg: Config) -> dict:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -272,7 +317,9 @@ def main(cfg: Config) -> dict:
                 row["speed_up"] = round(first / s, 2)
                 rows.append(row)
                 print("| " + " | ".join(str(row[k]) for k in row if k not in ("bytes", "flops")) + " |", flush=True)
-    return {"machine": machine(), "rows": rows}
+        print()
+        runs = list(phases(cfg, Path(folder))) if cfg.phase_steps else []
+    return {"machine": machine(), "rows": rows, "phases": runs}
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ _operators = torch.library.Library("berger", "DEF")
 def _define() -> None:
     for name, schema in SCHEMAS.items():
         _operators.define(name + schema)
+        if name in ("ema_", "sos_stream"):  # no gradients, so autograd needn't be asked: half of a short call's time
+            _operators.impl(name, torch.library.fallthrough_kernel, "Autograd")
         if name != "gather_windows":  # of files, so on the CPU alone
             _operators.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
             _operators.impl(name, _on_gpu(name), "CUDA")
@@ -203,7 +205,10 @@ def sos_stream(x_CT: torch.Tensor, sos_S6: torch.Tensor, state_S2C: torch.Tensor
     swapped) aren't. On the CPU every bit is scipy's, however the signal is cut. A NaN stays in its channel's state. No gradients.
     Raises ValueError or TypeError. For NumPy arrays there is kernels.plain.
     """
-    path()
+    if _path is None:  # path() takes longer than a short chunk
+        path()
+    if x_CT.requires_grad and torch.is_grad_enabled():
+        raise ValueError("sos_stream has no gradients: give it x.detach()")
     return torch.ops.berger.sos_stream(x_CT, sos_S6, state_S2C)
 
 

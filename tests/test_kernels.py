@@ -189,6 +189,15 @@ def test_inputs_may_be_strided_and_out_is_filled(gather, tmp_path):
         )
 
 
+@pytest.mark.parametrize("samples", [4096, 4095])
+def test_large_batches_are_written_past_the_caches(needs_cpp, tmp_path, samples):
+    """Whole cache lines at a time where rows are aligned, and all the same where they aren't."""
+    with Case(tmp_path, samples, (21, 8), windows=52) as case:
+        x_BCT = kernels.gather_windows(*case.args, clip=15.0)
+        assert x_BCT.nbytes >= 16 << 20
+        assert torch.equal(bits(x_BCT), bits(meaning(case)))
+
+
 def test_a_file_that_ends_too_early_is_named(gather, tmp_path):
     with Case(tmp_path, 64, (5,), windows=6) as case:
         case.args[1][[2, 4]] += 2 * 5 * 100
@@ -370,7 +379,7 @@ print(kernels.path(), x.double().nan_to_num().sum().item())
 
 def run(*arguments: str, **env) -> subprocess.CompletedProcess:
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=600)
 
 
 def test_without_kernels_everything_works_and_says_so_once(needs_cpp):
@@ -471,7 +480,7 @@ def test_reference_reads_on_after_a_partial_read(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ("kernels/bench.py", "--rounds", "1", "--megabytes", "32"),
+        ("kernels/bench.py", "--rounds", "1", "--megabytes", "32", "--phase-steps", "0"),
         ("tests/bench_cache.py", "--rounds", "1", "--megabytes", "32", "--minutes", "1", "--recordings", "50"),
     ],
 )
@@ -479,3 +488,12 @@ def test_benchmarks_end_in_one_json_line(command):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["machine"]
+
+
+@pytest.mark.slow
+def test_a_phase_logs_the_same_with_kernels_and_without(needs_cpp):
+    done = run("kernels/bench.py", "--only", "none", "--phase-steps", "3")
+    assert done.returncode == 0, done.stderr
+    phases = json.loads(done.stdout.splitlines()[-1])["phases"]
+    assert [p["phase"] for p in phases] == ["train_jepa transformer", "train_jepa mamba"]
+    assert all(p["apart"] < 1e-4 for p in phases), phases

@@ -192,6 +192,18 @@ def test_tokens_are_the_models():
     torch.testing.assert_close(kernels.embed_tokens(x_BND, space_BCD, time_PD, ids_BK), expected, rtol=0, atol=1e-6)
 
 
+def test_tokens_gradients_are_the_same_on_any_number_of_threads():
+    *_, ids = token_case(90, 5, 4, 30, 37)
+    grad = torch.randn(90, 30, 37)
+    expected = torch.ops.berger.embed_tokens_backward(grad, ids, 5, 4, True, True, True)
+    try:
+        torch.set_num_threads(3)
+        again = torch.ops.berger.embed_tokens_backward(grad, ids, 5, 4, True, True, True)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
 def test_tokens_mix_formats_and_strides():
     x, space, time, ids = token_case(2, 3, 4, 7, 16)
     z = kernels.embed_tokens(x.bfloat16(), space.bfloat16(), time, ids)
@@ -314,6 +326,8 @@ def test_filter_that_cannot_be_is_refused():
     for wrong in ((x[0], sos, state), (x, sos[:2], state), (x, sos, state[..., :2]), (x, sos[:, :5], state)):
         with pytest.raises(ValueError):
             kernels.sos_stream(*wrong)
+    with pytest.raises(ValueError, match="no gradients"):
+        kernels.sos_stream(x.clone().requires_grad_(), sos, state)
     for wrong in ((x.half(), sos, state), (x, sos.float(), state), (x, sos, state.float())):
         with pytest.raises(TypeError):
             kernels.sos_stream(*wrong)
@@ -402,6 +416,7 @@ def test_any_scan(sizes, share, double, seed):
 def test_any_filter(C, T, S, seed):
     rng = np.random.default_rng(seed)
     sos = np.concatenate([rng.normal(size=(S, 3)), np.ones((S, 1)), rng.uniform(-0.4, 0.4, (S, 2))], 1)
+    sos[::2, 2] = sos[::2, 0]  # sections that are even take a way of their own
     x_CT, state = rng.normal(size=(C, T)), rng.normal(size=(S, 2, C))
     theirs, ours = torch.from_numpy(state.copy()), torch.from_numpy(state.copy())
     expected = reference.sos_stream(torch.from_numpy(x_CT), torch.from_numpy(sos), theirs)

@@ -1,57 +1,110 @@
 // Second-order sections in series, with carried state. The meaning is sos_stream in kernels/reference.py. Included once per instruction set.
 //
-// Lanes are channels, so a chunk of any length is as good as another and every bit is SciPy's (no fused multiply-add). A sample's way
-// through the sections overlaps with the next sample's: the processor finds that by itself.
+// Lanes are channels, so a chunk of any length is as good as another and every bit is SciPy's (no fused multiply-add). A section takes a
+// block of samples through before the next one does, its state and those of COUNT vectors of channels staying in registers: the steps of
+// one channel wait for each other, those of six vectors fill the time.
+
+// LANES rows of x (`row` apart, step by step) as LANES vectors of channels
+INLINE void turn(vec<double>* r) {
+#ifdef AVX2_REGION
+  const vec<double> a = __builtin_shufflevector(r[0], r[1], 0, 4, 2, 6), b = __builtin_shufflevector(r[0], r[1], 1, 5, 3, 7);
+  const vec<double> c = __builtin_shufflevector(r[2], r[3], 0, 4, 2, 6), d = __builtin_shufflevector(r[2], r[3], 1, 5, 3, 7);
+  r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5), r[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  r[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7), r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+#else
+  const vec<double> a = r[0];
+  r[0] = vec<double>{a[0], r[1][0]}, r[1] = vec<double>{a[1], r[1][1]};
+#endif
+}
+
+// n steps of `some` channels, x_CT (rows of x_row values), to x_TC of WIDE channels, zeros beyond, and back
+template <int64_t WIDE, typename T>
+INLINE void read_steps(const T* x, int64_t x_row, int64_t n, int64_t some, double* x_TC) {
+  constexpr int64_t LANES = LANES_OF<double>;
+  for (int64_t k = 0; k < WIDE; k += LANES) {
+    int64_t t = 0;
+    if constexpr (std::is_same_v<T, double>)
+      if (k + LANES <= some)
+        for (; t + LANES <= n; t += LANES) {
+          vec<double> r[LANES];
+          for (int i = 0; i < LANES; i++) r[i] = load(x + (k + i) * x_row + t);
+          turn(r);
+          for (int i = 0; i < LANES; i++) store(r[i], x_TC + (t + i) * WIDE + k);
+        }
+    for (; t < n; t++)
+      for (int64_t i = k; i < k + LANES; i++) x_TC[t * WIDE + i] = i < some ? x[i * x_row + t] : 0.0;
+  }
+}
+template <int64_t WIDE, typename T>
+INLINE void write_steps(const double* x_TC, int64_t n, int64_t some, T* y, int64_t y_row) {
+  constexpr int64_t LANES = LANES_OF<double>;
+  for (int64_t k = 0; k < some; k += LANES) {
+    int64_t t = 0;
+    if constexpr (std::is_same_v<T, double>)
+      if (k + LANES <= some)
+        for (; t + LANES <= n; t += LANES) {
+          vec<double> r[LANES];
+          for (int i = 0; i < LANES; i++) r[i] = load(x_TC + (t + i) * WIDE + k);
+          turn(r);
+          for (int i = 0; i < LANES; i++) store(r[i], y + (k + i) * y_row + t);
+        }
+    for (; t < n; t++)
+      for (int64_t i = k; i < std::min(k + LANES, some); i++) y[i * y_row + t] = static_cast<T>(x_TC[t * WIDE + i]);
+  }
+}
 
 // COUNT vectors of channels, of which the first `some` channels are there; x and y may be the same
 template <int COUNT, typename T>
 void filter_some(const T* x, int64_t x_row, T* y, int64_t y_row, int64_t steps, const double* sos, int64_t sections, double* state,
                  int64_t state_row, int64_t some) {
   constexpr int64_t LANES = LANES_OF<double>, WIDE = COUNT * LANES, BLOCK = 32;
-  double z[MOST_SECTIONS * 2 * WIDE], x_TC[BLOCK * WIDE];
-  for (int64_t i = 0; i < 2 * sections; i++)
-    for (int64_t k = 0; k < WIDE; k += LANES) {
-      const double* at = state + i * state_row + k;
-      store(k + LANES <= some ? load(at) : load_some(at, some - k), z + i * WIDE + k);
-    }
+  double x_TC[BLOCK * WIDE];
   for (int64_t t = 0; t < steps; t += BLOCK) {
     const int64_t n = std::min(BLOCK, steps - t);
-    for (int64_t k = 0; k < WIDE; k++)
-      for (int64_t i = 0; i < n; i++) x_TC[i * WIDE + k] = k < some ? x[k * x_row + t + i] : 0.0;
-    for (double* x_C = x_TC; x_C < x_TC + n * WIDE; x_C += WIDE) {
-      vec<double> u[COUNT];
-      for (int v = 0; v < COUNT; v++) u[v] = load(x_C + v * LANES);
-      double* s = z;
-      for (const double* f = sos; f < sos + 6 * sections; f += 6, s += 2 * WIDE) {
-        const vec<double> b0 = all(f[0]), b1 = all(f[1]), b2 = all(f[2]), a1 = all(f[4]), a2 = all(f[5]);
-        for (int v = 0; v < COUNT; v++) {
-          const vec<double> p = b0 * u[v] + load(s + v * LANES);
-          store(b1 * u[v] - a1 * p + load(s + WIDE + v * LANES), s + v * LANES);
-          store(b2 * u[v] - a2 * p, s + WIDE + v * LANES);
-          u[v] = p;
-        }
+    read_steps<WIDE>(x + t, x_row, n, some, x_TC);
+    double* at = state;
+    for (const double* f = sos; f < sos + 6 * sections; f += 6, at += 2 * state_row) {
+      const vec<double> b0 = all(f[0]), b1 = all(f[1]), b2 = all(f[2]), a1 = all(f[4]), a2 = all(f[5]);
+      vec<double> z1[COUNT], z2[COUNT];
+      for (int v = 0; v < COUNT; v++) {
+        const int64_t k = v * LANES;
+        z1[v] = k + LANES <= some ? load(at + k) : load_some(at + k, some - k);
+        z2[v] = k + LANES <= some ? load(at + state_row + k) : load_some(at + state_row + k, some - k);
       }
-      for (int v = 0; v < COUNT; v++) store(u[v], x_C + v * LANES);
+      const auto pass = [&](auto even) INLINE_LAMBDA {
+        for (double* x_C = x_TC; x_C < x_TC + n * WIDE; x_C += WIDE)
+          for (int v = 0; v < COUNT; v++) {
+            const vec<double> u = load(x_C + v * LANES), b0_u = b0 * u, p = b0_u + z1[v];
+            z1[v] = b1 * u - a1 * p + z2[v];
+            z2[v] = (even ? b0_u : b2 * u) - a2 * p;
+            store(p, x_C + v * LANES);
+          }
+      };
+      if (f[0] == f[2] && f[0] != 0) pass(std::true_type());  // as in notches and Butterworth's band-passes: a product less
+      else pass(std::false_type());
+      for (int v = 0; v < COUNT; v++) {
+        const int64_t k = v * LANES;
+        if (k + LANES <= some) store(z1[v], at + k), store(z2[v], at + state_row + k);
+        else store_some(z1[v], at + k, some - k), store_some(z2[v], at + state_row + k, some - k);
+      }
     }
-    for (int64_t k = 0; k < some; k++)
-      for (int64_t i = 0; i < n; i++) y[k * y_row + t + i] = static_cast<T>(x_TC[i * WIDE + k]);
+    write_steps<WIDE>(x_TC, n, some, y + t, y_row);
   }
-  for (int64_t i = 0; i < 2 * sections; i++)
-    for (int64_t k = 0; k < some; k += LANES) {
-      double* at = state + i * state_row + k;
-      if (k + LANES <= some) store(load(z + i * WIDE + k), at);
-      else store_some(load(z + i * WIDE + k), at, some - k);
-    }
 }
+
+constexpr int64_t FILTER_VECTORS = 6;  // at a time
 
 // The channels [from, to) of x_CT (rows of x_row values) to y_CT; state_S2C as in the reference, `channels` wide.
 template <typename T>
 void filter_channels(const T* x, int64_t x_row, T* y, int64_t y_row, int64_t steps, const double* sos, int64_t sections,
                      double* state, int64_t channels, int64_t from, int64_t to) {
   constexpr int64_t LANES = LANES_OF<double>;
-  for (int64_t c = from; c < to; c += 3 * LANES) {
-    const int64_t some = std::min(3 * LANES, to - c);
-    const auto run = some > 2 * LANES ? filter_some<3, T> : some > LANES ? filter_some<2, T> : filter_some<1, T>;
+  for (int64_t c = from; c < to; c += FILTER_VECTORS * LANES) {
+    const int64_t some = std::min(FILTER_VECTORS * LANES, to - c);
+    const auto run = some > 4 * LANES   ? filter_some<6, T>
+                     : some > 2 * LANES ? filter_some<4, T>
+                     : some > LANES     ? filter_some<2, T>
+                                        : filter_some<1, T>;
     run(x + c * x_row, x_row, y + c * y_row, y_row, steps, sos, sections, state + c, channels, some);
   }
 }

@@ -1,12 +1,13 @@
 // Windows out of time-major float16 files, as one channel-major batch. The meaning is gather_windows in kernels/reference.py.
 //
-// A window is read in blocks small enough that the copy out of the page cache, its transpose and its conversion stay in L2. All
-// channels of the file are transposed, because a window's bytes must be read whole anyway; the map then picks rows, so that
-// identity, permutation, repeats and gaps are one code path. Every result is bit-equal to the reference: no fused multiply-add.
+// A window is read in blocks that stay in L2, and a block goes out in tiles of 16 steps x 8 channels of the file: turned in registers,
+// converted, and written as the cache lines they are. The tiles run over the file's channels and know which rows of the batch want each of
+// them, so that identity, permutation, repeats and gaps are one code path, and a tile that nobody wants is left out. Every result is
+// bit-equal to the reference: no fused multiply-add.
 //
 // Measured and left out: mmap instead of pread (1.5 x on one thread while the file is in memory, but a truncated shard or a failing
-// disk then kills the process), non-temporal stores (no gain), OpenMP's threads (they spin for milliseconds after each batch, at the
-// cost of the training step beside the loader, and hang in a forked process).
+// disk then kills the process), OpenMP's threads (they spin for milliseconds after each batch, at the cost of the training step beside
+// the loader, and hang in a forked process).
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -36,9 +37,9 @@
 
 namespace {
 
-constexpr int64_t STEPS = 16;  // time steps of one transposed tile
-constexpr int64_t LANES = 8;   // channels of one transposed tile
+constexpr int64_t STEPS = 16, LANES = 8;  // time steps and channels of a tile
 constexpr int64_t BLOCK_BYTES = 64 << 10;
+constexpr int64_t STREAMED_BYTES = 16 << 20;  // a batch from this size on is written past the caches, which it would only flush
 // Bytes are read to where they sit in a cache line of their file: a copy to 1-63 bytes further on than its source, modulo a page,
 // is three times slower on processors that copy by `rep movsb`.
 constexpr int64_t LINE = 64;
@@ -47,116 +48,131 @@ constexpr int64_t MOST_CHANNELS = 1 << 20;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-struct Affine {
-  float clip, gain, bias;
+struct Row {  // one of the batch: which channel of the file it wants, and what becomes of it
+  int64_t channel, at;
+  float gain, bias;
 };
 
-// ---- transpose: steps x channels, contiguous, to rows of `stride`; whole tiles, so it reads and writes past both ends
+// ---- a block: steps x channels of the file, to rows y of `samples`; sorted by channel. Reads whole tiles, so past both ends.
 
-void transpose(const uint16_t* x, int64_t steps, int64_t channels, uint16_t* y, int64_t stride) {
-  for (int64_t c = 0; c < channels; c++)
-    for (int64_t t = 0; t < steps; t++) y[c * stride + t] = x[t * channels + c];
+template <typename out_t>
+struct Block {
+  const uint16_t* x;
+  int64_t steps, channels, samples;
+  const Row *first, *last;
+  float clip;
+  bool streamed;
+  out_t* y;
+};
+
+template <typename out_t>
+void write_block(const Block<out_t>& n) {
+  for (const Row* row = n.first; row < n.last; row++)
+    for (int64_t t = 0; t < n.steps; t++) {
+      float v = c10::Half(n.x[t * n.channels + row->channel], c10::Half::from_bits());
+      v = v < -n.clip ? -n.clip : v > n.clip ? n.clip : v;  // NaN compares false and passes, as in torch.clamp
+      v = v * row->gain;
+      n.y[row->at * n.samples + t] = static_cast<out_t>(v + row->bias);
+    }
 }
 
 #ifdef WITH_AVX2
-WITH_AVX2 void transpose_avx2(const uint16_t* x, int64_t steps, int64_t channels, uint16_t* y, int64_t stride) {
-  for (int64_t t = 0; t < steps; t += STEPS)
-    for (int64_t c = 0; c < channels; c += LANES) {
-      const uint16_t* from = x + t * channels + c;
-      uint16_t* to = y + c * stride + t;
-      __m256i r[8], a[8], b[8];
-      for (int i = 0; i < 8; i++) {  // lower half step i, upper half step i + 8
-        const auto* low = reinterpret_cast<const __m128i*>(from + i * channels);
-        const auto* high = reinterpret_cast<const __m128i*>(from + (i + 8) * channels);
-        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
-      }
-      for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_epi16(r[i], r[i + 1]);
-        a[i + 1] = _mm256_unpackhi_epi16(r[i], r[i + 1]);
-      }
-      for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-          b[i + 2 * j] = _mm256_unpacklo_epi32(a[i + j], a[i + j + 2]);
-          b[i + 2 * j + 1] = _mm256_unpackhi_epi32(a[i + j], a[i + j + 2]);
-        }
-      for (int i = 0; i < 4; i++) {
-        auto* even = reinterpret_cast<__m256i*>(to + 2 * i * stride);
-        auto* odd = reinterpret_cast<__m256i*>(to + (2 * i + 1) * stride);
-        _mm256_storeu_si256(even, _mm256_unpacklo_epi64(b[i], b[i + 4]));
-        _mm256_storeu_si256(odd, _mm256_unpackhi_epi64(b[i], b[i + 4]));
-      }
+// sixteen steps of eight channels, `x` at the first of both
+WITH_AVX2 inline void turn(const uint16_t* x, int64_t channels, __m256i* y) {
+  __m256i r[8], a[8], b[8];
+  for (int i = 0; i < 8; i++) {  // lower half step i, upper half step i + 8
+    const auto* low = reinterpret_cast<const __m128i*>(x + i * channels);
+    const auto* high = reinterpret_cast<const __m128i*>(x + (i + 8) * channels);
+    r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_epi16(r[i], r[i + 1]);
+    a[i + 1] = _mm256_unpackhi_epi16(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm256_unpacklo_epi32(a[i + j], a[i + j + 2]);
+      b[i + 2 * j + 1] = _mm256_unpackhi_epi32(a[i + j], a[i + j + 2]);
     }
-}
-#endif
-
-// ---- one row: y = clamp(x, -clip, clip) * gain + bias, n steps
-
-template <typename out_t>
-void convert(const uint16_t* x, int64_t n, Affine f, out_t* y) {
-  for (int64_t t = 0; t < n; t++) {
-    float v = c10::Half(x[t], c10::Half::from_bits());
-    v = v < -f.clip ? -f.clip : v > f.clip ? f.clip : v;  // NaN compares false and passes, as in torch.clamp
-    v = v * f.gain;
-    y[t] = static_cast<out_t>(v + f.bias);
+  for (int i = 0; i < 4; i++) {
+    y[2 * i] = _mm256_unpacklo_epi64(b[i], b[i + 4]);
+    y[2 * i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 4]);
   }
 }
 
-#ifdef WITH_AVX2
-WITH_AVX2 inline void store(__m256 v, float* y) { _mm256_storeu_ps(y, v); }
-
-WITH_AVX2 inline void store(__m256 v, c10::BFloat16* y) {  // round to nearest even; any NaN becomes 0x7fc0, as c10 does it
+WITH_AVX2 inline __m256i rounded(__m256 v) {  // to bfloat16, nearest even, in the low half; any NaN becomes 0x7fc0, as c10 does it
   const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0x7fff);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, half)), 16);
+  const __m256i upper = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, half)), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_castsi256_si128(packed));
+  return _mm256_blendv_epi8(upper, _mm256_set1_epi32(0x7fc0), nan);
+}
+
+WITH_AVX2 inline void put(__m256i v, void* y, bool past_caches) {
+  if (past_caches) _mm256_stream_si256(static_cast<__m256i*>(y), v);
+  else _mm256_storeu_si256(static_cast<__m256i*>(y), v);
+}
+WITH_AVX2 inline void put(__m256 a, __m256 b, float* y, bool past_caches) {
+  put(_mm256_castps_si256(a), y, past_caches);
+  put(_mm256_castps_si256(b), y + 8, past_caches);
+}
+WITH_AVX2 inline void put(__m256 a, __m256 b, c10::BFloat16* y, bool past_caches) {
+  put(_mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(a), rounded(b)), 0xd8), y, past_caches);
 }
 
 template <typename out_t>
-WITH_AVX2 void convert_avx2(const uint16_t* x, int64_t n, Affine f, out_t* y) {  // reads up to 7 steps past the end
-  const __m256 high = _mm256_set1_ps(f.clip), low = _mm256_set1_ps(-f.clip);
-  const __m256 gain = _mm256_set1_ps(f.gain), bias = _mm256_set1_ps(f.bias);
-  for (int64_t t = 0; t < n; t += 8) {
-    __m256 v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + t)));
-    v = _mm256_max_ps(low, _mm256_min_ps(high, v));  // both return the second operand when it is NaN
-    v = _mm256_add_ps(_mm256_mul_ps(v, gain), bias);
-    if (t + 8 <= n) {
-      store(v, y + t);
-    } else {  // not by calling convert(): SSE code after AVX code costs more than the whole row
-      out_t last[8];
-      store(v, last);
-      std::copy_n(last, n - t, y + t);
+WITH_AVX2 void write_block_avx2(const Block<out_t>& n) {
+  const __m256 high = _mm256_set1_ps(n.clip), low = _mm256_set1_ps(-n.clip);
+  const auto finish = [&](__m128i half, const Row& row) WITH_AVX2 {
+    const __m256 v = _mm256_max_ps(low, _mm256_min_ps(high, _mm256_cvtph_ps(half)));  // the second operand, when it is NaN
+    return _mm256_add_ps(_mm256_mul_ps(v, _mm256_set1_ps(row.gain)), _mm256_set1_ps(row.bias));
+  };
+  for (const Row *row = n.first, *next; row < n.last; row = next) {
+    const int64_t from = row->channel / LANES * LANES;
+    for (next = row; next < n.last && next->channel < from + LANES;) next++;
+    for (int64_t t = 0; t < n.steps; t += STEPS) {
+      __m256i tile[LANES];
+      turn(n.x + t * n.channels + from, n.channels, tile);
+      for (const Row* r = row; r < next; r++) {
+        const __m256i* halves = tile + (r->channel - from);
+        const __m256 a = finish(_mm256_castsi256_si128(*halves), *r), b = finish(_mm256_extracti128_si256(*halves, 1), *r);
+        out_t* y = n.y + r->at * n.samples + t;
+        if (t + STEPS <= n.steps) {
+          put(a, b, y, n.streamed && reinterpret_cast<uintptr_t>(y) % 32 == 0);
+        } else {
+          out_t some[STEPS];
+          put(a, b, some, false);
+          std::copy_n(some, n.steps - t, y);
+        }
+      }
     }
   }
+  if (n.streamed) _mm_sfence();  // before anyone hears that the block is there
 }
 #endif
 
 // ---- which of the two runs on this processor
 
-struct Path {
-  const char* name;
-  decltype(&transpose) tiles;
-  decltype(&convert<float>) to_float;
-  decltype(&convert<c10::BFloat16>) to_bfloat16;
-};
-
-const Path& path() {
-  static const Path chosen = [] {
+bool fast_gather() {
 #ifdef WITH_AVX2
+  static const bool chosen = [] {
     const char* wanted = std::getenv("BERGER_KERNELS");
     const bool generic = wanted != nullptr && std::string_view(wanted) == "generic";
-    if (!generic && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
-      return Path{"avx2", transpose_avx2, convert_avx2<float>, convert_avx2<c10::BFloat16>};
-#endif
-    return Path{"generic", transpose, convert<float>, convert<c10::BFloat16>};
+    return !generic && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   }();
   return chosen;
+#else
+  return false;
+#endif
 }
 
-void convert_row(const uint16_t* x, int64_t n, Affine f, float* y) { path().to_float(x, n, f, y); }
-void convert_row(const uint16_t* x, int64_t n, Affine f, c10::BFloat16* y) { path().to_bfloat16(x, n, f, y); }
+template <typename out_t>
+void write(const Block<out_t>& block) {
+#ifdef WITH_AVX2
+  if (fast_gather()) return write_block_avx2(block);
+#endif
+  write_block(block);
+}
 
 // ---- reading
 
@@ -200,7 +216,8 @@ struct Batch {
   out_t* out;
 
   struct Scratch {
-    std::unique_ptr<uint16_t[]> read, rows;
+    std::unique_ptr<uint16_t[]> read;
+    std::vector<Row> rows;
   };
 
   int64_t block_of(int64_t file_channels) const {
@@ -208,18 +225,25 @@ struct Batch {
   }
 
   Scratch scratch() const {
-    int64_t read = 0, rows = 0;
-    for (int64_t b = 0; b < windows; b++) {
-      const int64_t block = block_of(file_channels[b]);
-      read = std::max(read, LINE / 2 + block * file_channels[b] + LANES);
-      rows = std::max(rows, round_up(file_channels[b], LANES) * (block + STEPS));
-    }
-    return {std::make_unique<uint16_t[]>(read), std::make_unique<uint16_t[]>(rows)};
+    int64_t read = 0;
+    for (int64_t b = 0; b < windows; b++)
+      read = std::max(read, LINE / 2 + block_of(file_channels[b]) * file_channels[b] + LANES);
+    return {std::make_unique<uint16_t[]>(read), {}};
   }
 
-  Read window(int64_t b, bool wait, const Scratch& scratch) const {
+  bool streamed() const { return windows * channels * samples * int64_t{sizeof(out_t)} >= STREAMED_BYTES; }
+
+  void choose_rows(int64_t b, std::vector<Row>& rows) const {
+    rows.clear();
+    for (int64_t at = b * channels; at < (b + 1) * channels; at++)
+      if (map[at] < 0) std::fill_n(out + at * samples, samples, out_t(0));
+      else rows.push_back({map[at], at, gain ? gain[at] : 1.0f, bias ? bias[at] : -0.0f});  // x + -0.0 is x, which x + 0.0 is not
+    const auto by_channel = [](const Row& a, const Row& b) { return a.channel < b.channel; };
+    if (!std::is_sorted(rows.begin(), rows.end(), by_channel)) std::sort(rows.begin(), rows.end(), by_channel);
+  }
+
+  Read window(int64_t b, bool wait, Scratch& scratch) const {
     const int64_t wide = file_channels[b], block = block_of(wide);
-    const int64_t stride = block + STEPS;  // not a power of two, so that the rows of a tile don't share cache sets
     const auto fd = static_cast<int>(fds[b]);
     Read got;
     for (int64_t t = 0; t < samples; t += block) {
@@ -233,15 +257,9 @@ struct Batch {
         if (!wait) announce(fd, offset, (samples - t) * wide * 2);
         return got;
       }
-      path().tiles(x, steps, wide, scratch.rows.get(), stride);
-      for (int64_t c = 0; c < channels; c++) {
-        const int64_t at = b * channels + c;
-        out_t* y = out + at * samples + t;
-        if (map[at] < 0)
-          std::fill_n(y, steps, out_t(0));
-        else  // x + -0.0 is x for every x, which x + 0.0 is not
-          convert_row(scratch.rows.get() + map[at] * stride, steps, {clip, gain ? gain[at] : 1.0f, bias ? bias[at] : -0.0f}, y);
-      }
+      if (t == 0) choose_rows(b, scratch.rows);
+      const Row* first = scratch.rows.data();
+      write(Block<out_t>{x, steps, wide, samples, first, first + scratch.rows.size(), clip, streamed(), out + t});
     }
     return got;
   }

@@ -7,6 +7,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <sys/mman.h>
+
 #include "gather_windows.h"
 #include "kernels.h"
 
@@ -24,6 +26,18 @@ T* to(const Tensor& x) { return x.mutable_data_ptr<T>(); }
 
 int64_t grain(int64_t each) { return std::max<int64_t>(1, ENOUGH / std::max<int64_t>(1, each)); }
 Tensor rows_of(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous(); }
+
+// at::empty, the large in huge pages: page faults would take longer than the work
+Tensor fresh(at::IntArrayRef shape, const at::TensorOptions& options) {
+  const Tensor x = at::empty(shape, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = (begin + x.nbytes()) / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return x;
+}
 
 // ---- tokens
 
@@ -58,7 +72,7 @@ Tensor embed_tokens(const Tensor& x_BXD, const Tensor& space_BCD, const Tensor& 
   const auto wide = c10::promoteTypes(space_BCD.scalar_type(), time_PD.scalar_type());
   const auto result = c10::promoteTypes(x.scalar_type(), wide), sums = c10::promoteTypes(result, at::kFloat);
   const Tensor space = space_BCD.to(sums).contiguous(), time = time_PD.to(sums).contiguous();
-  const Tensor z = at::empty({windows, ids.size(1), width}, x.options().dtype(result));
+  const Tensor z = fresh({windows, ids.size(1), width}, x.options().dtype(result));
   const bool half = x.scalar_type() == at::kBFloat16;
   if (sums == at::kDouble) return embed<double, double, double>(x.to(sums), space, time, ids, taken, z);
   if (half && result == at::kBFloat16) return embed<c10::BFloat16, float, c10::BFloat16>(x, space, time, ids, taken, z);
@@ -69,27 +83,25 @@ Tensor embed_tokens(const Tensor& x_BXD, const Tensor& space_BCD, const Tensor& 
 
 template <typename T, typename A>
 Tensors embed_back(const Tensor& grad, const Tensor& ids, int64_t channels, int64_t patches, bool need_x, bool need_space, bool need_time) {
-  const int64_t windows = grad.size(0), tokens = grad.size(1), width = grad.size(2);
-  const auto room = [&](bool need, at::IntArrayRef shape) { return at::empty(need ? shape : at::IntArrayRef{0}, grad.options()); };
-  Tensors g{room(need_x, {windows, channels * patches, width}), room(need_space, {windows, channels, width}), room(need_time, {patches, width})};
-  const T* g_z = from<T>(grad);
-  const int64_t* id = from<int64_t>(ids);
-  const auto sum = [&](std::vector<A>& sums, int64_t row, int64_t rows, int64_t places, int64_t by, bool remainder, T* result) {
-    sums.assign(places * width, A(0));
-    CALL(sum_rows, g_z + row * width, id + row, rows, width, by, remainder, sums.data());
-    std::copy(sums.begin(), sums.end(), result);
-  };
-  if (need_x || need_space)
-    at::parallel_for(0, windows, grain(2 * tokens * width), [&](int64_t first, int64_t last) {
-      std::vector<A> sums;
-      for (int64_t w = first; w < last; w++) {
-        const int64_t places = channels * patches;
-        if (need_x) sum(sums, w * tokens, tokens, places, 1, false, to<T>(std::get<0>(g)) + w * places * width);
-        if (need_space) sum(sums, w * tokens, tokens, channels, patches, false, to<T>(std::get<1>(g)) + w * channels * width);
-      }
-    });
-  std::vector<A> sums;
-  if (need_time) sum(sums, 0, windows * tokens, patches, patches, true, to<T>(std::get<2>(g)));  // one thread: always the same sum
+  const int64_t windows = grad.size(0), tokens = grad.size(1), width = grad.size(2), places = channels * patches;
+  const auto room = [&](bool need, at::IntArrayRef shape) { return fresh(need ? shape : at::IntArrayRef{0}, grad.options()); };
+  Tensors g{room(need_x, {windows, places, width}), room(need_space, {windows, channels, width}), room(need_time, {patches, width})};
+  std::vector<A> times(need_time ? windows * patches * width : 0);  // of every window, so that any number of threads gives the same sum
+  at::parallel_for(0, windows, grain(2 * tokens * width), [&](int64_t first, int64_t last) {
+    std::vector<int64_t> numbers(places + 1 + tokens);
+    std::vector<A> sums(2 * width);
+    for (int64_t w = first; w < last; w++)
+      CALL(gather_gradients, from<T>(grad) + w * tokens * width, from<int64_t>(ids) + w * tokens, tokens, channels, patches, width,
+           numbers.data(), sums.data(), need_x ? to<T>(std::get<0>(g)) + w * places * width : nullptr,
+           need_space ? to<T>(std::get<1>(g)) + w * channels * width : nullptr, need_time ? times.data() + w * patches * width : nullptr);
+  });
+  if (need_time) {
+    for (int64_t w = 1; w < windows; w++)
+      for (int64_t i = 0; i < patches * width; i++) times[i] += times[w * patches * width + i];
+    T* result = to<T>(std::get<2>(g));
+    if (windows) std::copy_n(times.begin(), patches * width, result);
+    else std::fill_n(result, patches * width, T(0));
+  }
   return g;
 }
 
@@ -150,10 +162,11 @@ Tensor filter(const Tensor& x, const Tensor& sos, const Tensor& state) {
   T* y_CT = to<T>(y);
   const double* f = from<double>(sos);
   double* z = to<double>(state);
+  constexpr int64_t GROUP = 24;  // channels: as many as the loop takes at a time, with AVX2
   const auto run = [&](int64_t a, int64_t b) {
-    CALL(filter_channels, x_CT, steps, y_CT, steps, steps, f, sections, z, channels, 12 * a, std::min(12 * b, channels));
+    CALL(filter_channels, x_CT, steps, y_CT, steps, steps, f, sections, z, channels, GROUP * a, std::min(GROUP * b, channels));
   };
-  const int64_t groups = (channels + 11) / 12, least = grain(12 * 5 * sections * steps);
+  const int64_t groups = (channels + GROUP - 1) / GROUP, least = grain(GROUP * 5 * sections * steps);
   if (groups <= least) run(0, groups);  // a live chunk: not even the question how many threads there are
   else at::parallel_for(0, groups, least, run);
   return y;
@@ -192,7 +205,7 @@ int64_t scan_grain(const Tensor& u, const Tensor& b) { return grain(u.size(1) * 
 
 template <typename T>
 Tensor scan(const Tensor& u, const Tensor& fade, const Tensor& b, const Tensor& c, int64_t ahead) {
-  const Tensor y = at::empty(u.sizes(), u.options());
+  const Tensor y = fresh(u.sizes(), u.options());
   const auto call = scan_call<T>(u, fade, b, c, y, ahead);
   at::parallel_for(0, u.size(0), scan_grain(u, b), [&](int64_t i, int64_t j) { CALL(scan_rows, call, i, j); });
   return y;
@@ -207,7 +220,8 @@ Tensor selective_scan(const Tensor& u, const Tensor& fade, const Tensor& b, cons
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_back(const Tensor& g, const Tensor& u, const Tensor& fade, const Tensor& b,
                                                      const Tensor& c, const Tensor& y, int64_t ahead) {
-  const Tensor gu = at::empty(u.sizes(), u.options()), gfade = at::empty_like(gu), gb = at::empty(b.sizes(), b.options()), gc = at::empty_like(gb);
+  const Tensor gu = fresh(u.sizes(), u.options()), gfade = fresh(u.sizes(), u.options());
+  const Tensor gb = fresh(b.sizes(), b.options()), gc = fresh(b.sizes(), b.options());
   auto call = scan_call<T>(u, fade, b, c, y, ahead);
   call.g = from<T>(g), call.g_row = g.stride(0), call.g_step = g.stride(1);
   call.gu = to<T>(gu), call.gfade = to<T>(gfade), call.gb = to<T>(gb), call.gc = to<T>(gc);

@@ -22,17 +22,19 @@ void product(const T* a, int64_t a_row, int64_t a_inner, const T* x, T* y, int64
     const T* row[TILE];
     for (int64_t r = 0; r < TILE; r++) row[r] = a + (i + std::min(r, some - 1)) * a_row;
     const auto tile = [&](int64_t e, auto vectors) INLINE_LAMBDA {
-      vec<T> sum[TILE][vectors] = {};
+      vec<T> sum[TILE][vectors];
+      for (int r = 0; r < TILE; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = vec<T>{};
       for (int64_t j = from; j < to; j++) {
         vec<T> z[vectors];
         for (int v = 0; v < vectors; v++) z[v] = load(x + j * width + e + v * LANES);
         for (int r = 0; r < TILE; r++)
           for (int v = 0; v < vectors; v++) sum[r][v] = fma(all(row[r][j * a_inner]), z[v], sum[r][v]);
       }
-      for (int r = 0; r < some; r++)
+      for (int r = 0; r < TILE; r++)
         for (int v = 0; v < vectors; v++) {
           T* at = y + (i + r) * width + e + v * LANES;
-          store(add ? load(at) + sum[r][v] : sum[r][v], at);
+          if (r < some) store(add ? load(at) + sum[r][v] : sum[r][v], at);
         }
     };
     int64_t e = 0;
@@ -72,11 +74,13 @@ struct Scan {
   }
 
   void read_row(const ScanRow<T>& r) {  // b and c in whole vectors, zeros beyond, and c b' of every chunk
-    std::fill(b, b + 2 * chunks * Q * states, T(0));
-    for (int64_t t = 0; t < n.steps; t++) {
-      std::copy_n(r.b + t * r.b_step, n.states, b + t * states);
-      std::copy_n(r.c + t * r.c_step, n.states, c + t * states);
-    }
+    for (int64_t t = 0; t < n.steps; t++)
+      for (int64_t s = 0; s < states; s += LANES_OF<T>) {
+        __builtin_prefetch(r.b + (t + Q) * r.b_step + s);
+        __builtin_prefetch(r.c + (t + Q) * r.c_step + s);
+        store(read(r.b + t * r.b_step + s, n.states - s), b + t * states + s);
+        store(read(r.c + t * r.c_step + s, n.states - s), c + t * states + s);
+      }
     for (int64_t k = 0; k < chunks; k++) {
       transpose(b + k * Q * states, Q, states, turned, Q);
       product<Part::all>(c + k * Q * states, states, 1, turned, cb + k * Q * Q, Q, states, Q, false);
@@ -85,11 +89,13 @@ struct Scan {
 
   // kept, 1 / kept and grown of one chunk of one direction; w is the direction's channels in whole vectors
   void read_chunk(const ScanRow<T>& r, int64_t k, bool back, int64_t from, int64_t count, int64_t w) {
-    const int64_t steps = std::min(Q, n.steps - k * Q);
+    const int64_t steps = std::min(Q, n.steps - k * Q), next = back && k > 0 ? -Q : Q;  // beyond the last one is often the next row
     for (int64_t i = 0; i < steps; i++) {
       const int64_t at = back ? steps - 1 - i : i, t = k * Q + at, previous = back ? at + 1 : at - 1;
       const T *fade = r.fade + t * r.fade_step + from, *u = r.u + t * r.u_step + from;
       for (int64_t e = 0; e < w; e += LANES_OF<T>) {
+        __builtin_prefetch(fade + e + next * r.fade_step);
+        __builtin_prefetch(u + e + next * r.u_step);
         vec<T> f = read(fade + e, count - e);
         f = f > T(4) ? all(T(4)) : f;
         const vec<T> before = i ? load(kept + previous * w + e) : all(T(1)), product = before * exponential(-f), over = T(1) / product;
@@ -186,6 +192,7 @@ struct Scan {
         }
         for (int64_t t = 0; t < steps; t++)
           for (int64_t e = 0; e < w; e += LANES_OF<T>) {
+            __builtin_prefetch(y_LE + (k * Q + t) * n.channels + from + e);
             const vec<T> g = read(g_LE + (k * Q + t) * g_step + from + e, count - e);
             store(g * load(kept + t * w + e), g_y + t * w + e);
           }

@@ -17,13 +17,36 @@ void embed_rows(const TokenCall<X, C, Z>& n, int64_t from, int64_t to) {
   }
 }
 
-// Gradients of tokens summed in A per place: the quotient of the token's number, or the remainder
+// The gradients of one window from those of its K tokens, each row written once: gx (N rows), gspace (C rows) in T, and in A what its
+// tokens add to gtime (P rows). Null where one isn't wanted. `room` is N + 1 + K numbers and a row of A for gx and for gspace.
 template <typename T, typename A>
-void sum_rows(const T* grad, const int64_t* ids, int64_t tokens, int64_t width, int64_t by, bool remainder, A* to) {
-  for (int64_t k = 0; k < tokens; k++) {
-    const T* __restrict from = grad + k * width;
-    A* __restrict sum = to + (remainder ? ids[k] % by : ids[k] / by) * width;
-    for (int64_t d = 0; d < width; d++) sum[d] += static_cast<A>(from[d]);
+void gather_gradients(const T* grad, const int64_t* ids, int64_t tokens, int64_t channels, int64_t patches, int64_t width, int64_t* room,
+                      A* sums, T* gx, T* gspace, A* gtime) {
+  const int64_t places = channels * patches;
+  int64_t *first = room, *order = room + places + 1;  // the tokens in order of their places
+  std::fill_n(first, places + 1, 0);
+  for (int64_t k = 0; k < tokens; k++) first[ids[k] + 1]++;
+  for (int64_t p = 0; p < places; p++) first[p + 1] += first[p];
+  for (int64_t k = 0; k < tokens; k++) order[first[ids[k]]++] = k;  // now first[p] is where place p ends
+  A *__restrict of_place = sums, *__restrict of_channel = sums + width;
+  for (int64_t p = 0, i = 0; p < places; p++) {
+    if (p % patches == 0) std::fill_n(of_channel, width, A(0));
+    const int64_t count = first[p] - i;
+    const T* __restrict from = grad + (count ? order[i] : 0) * width;
+    T* __restrict to = gx ? gx + p * width : nullptr;
+    if (gx && count == 0) std::fill_n(to, width, T(0));
+    if (gx && count == 1) std::copy_n(from, width, to);
+    if (gx && count > 1) std::fill_n(of_place, width, A(0));
+    for (const int64_t last = first[p]; i < last; i++) {
+      from = grad + order[i] * width;
+      A* __restrict of_patch = gtime ? gtime + p % patches * width : nullptr;
+      for (int64_t d = 0; gspace && d < width; d++) of_channel[d] += static_cast<A>(from[d]);
+      for (int64_t d = 0; gtime && d < width; d++) of_patch[d] += static_cast<A>(from[d]);
+      for (int64_t d = 0; gx && count > 1 && d < width; d++) of_place[d] += static_cast<A>(from[d]);
+    }
+    for (int64_t d = 0; gx && count > 1 && d < width; d++) to[d] = static_cast<T>(of_place[d]);
+    if (gspace && (p + 1) % patches == 0)
+      for (int64_t d = 0; d < width; d++) gspace[p / patches * width + d] = static_cast<T>(of_channel[d]);
   }
 }
 
