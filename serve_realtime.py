@@ -63,7 +63,7 @@ class Config:
     bad_channels: tuple[str, ...] = ()  # zero in every window, and in no average
     missing: Literal["reject", "mask"] = "reject"  # channels that the model wants and a stream lacks; mask: as bad ones
     partial_fit: int = 10  # windows that don't overlap per partial fit; 0: none
-    collect_s: float = 600.0  # most that is kept of each group of windows, s
+    collect_s: float = 300.0  # most that is kept of each group of windows, s; and at most 32 MiB
     sync: bool = False  # predict and fit inline: the same predictions, to the bit, however the samples came in
     save: Path | None = (
         None  # folder for the pipeline as fitted: by --action fit, or in a session, at its end and when control asks
@@ -77,6 +77,7 @@ class Config:
     lsl: str | None = None  # name or source id of an LSL stream; needs pip install -e '.[lsl]'
     lsl_markers: str = "auto"  # its marker stream: auto, none, or a name
     lsl_unit: str | None = None  # unit of its samples, where the stream doesn't say
+    lsl_channels: str | None = None  # names of its channels, comma-separated, where the stream doesn't say
     lsl_scope: Literal["machine", "network"] = "machine"  # where to look for it
     amplifier: bool = False  # synthetic EEG with known truth
     seconds: float = 0.0  # of --amplifier; 0: for ever
@@ -105,7 +106,7 @@ class Config:
     log_file: Path | None = None  # JSON lines, rotated
 
 
-MOST_BYTES = 2**27  # of the windows kept of a group, whatever --collect-s says
+MOST_BYTES = 2**25  # of the windows kept of a group, whatever --collect-s says
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,8 @@ def signal_path(cfg: Config, path: intake.Path) -> intake.Path:
 class Service:
     """Sockets, threads and queues around sessions; everything but `predict` and `refit` runs on the event loop."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        pipeline: Any,
-        table: states.Table,
-        limits: Limits = Limits(),
-        recorder: Any = None,
-        page: Any = None,
-    ):
-        self.cfg, self.table, self.limits, self.recorder, self.page = cfg, table, limits, recorder, page
+    def __init__(self, cfg: Config, pipeline: Any, table: states.Table, limits: Limits = Limits()):
+        self.cfg, self.table, self.limits = cfg, table, limits
         self.model = Model(pipeline, 0)  # what every stream begins with
         self.token, self.tls = sockets.read_token(cfg.token_file), sockets.server_tls(cfg.tls_cert, cfg.tls_key)
         self.dial_tls = sockets.client_tls(cfg.tls_ca)
@@ -159,6 +152,7 @@ class Service:
         self.outboxes: set[Outbox] = set()
         self.turns, self.accepts = Turns(limits.slots), Bucket(limits.accepts_per_s, limits.accept_burst)
         self.inferring: float | None = None  # since when
+        self.recorder = self.page = None
         self.warmed: dict | None = None
         self.stopping = False
         self.tasks: set[asyncio.Task] = set()
@@ -168,21 +162,29 @@ class Service:
     # beginning and end
 
     async def start(self) -> tuple[str, int]:
-        """Listen, dial, warm up; the address it got. Raises Unusable."""
+        """Warm up, listen, dial; the address it got. Raises Unusable."""
         sys.setswitchinterval(0.0005)  # s; a fit in another thread holds up a sample for no longer
         self.loop = asyncio.get_running_loop()
         self.inference, self.fitter = Worker(self.loop, "inference"), Worker(self.loop, "fit")
-        link = sockets.listening(self.host, self.port, "--listen")
+        link = sockets.listening(self.host, self.port, "--listen", self.limits.stall_s)
         self.address = link.getsockname()[:2]
+        await self._warm_up()
+        if self.cfg.record:
+            from lib.recorder import Recorder
+
+            self.recorder = Recorder(self.cfg.record)
+        if self.cfg.page:
+            from lib.page import Page
+
+            self.page = Page(*sockets.address(self.cfg.page, "--page"))
         wrap = {"ssl": self.tls, "ssl_handshake_timeout": self.limits.tls_s} if self.tls else {}
         self.server = await asyncio.start_server(self._accept, sock=link, limit=wire.MAX_LINE, backlog=64, **wrap)
         for host, port in self.sinks:
-            outbox = Outbox(f"--connect {host}:{port}")
+            outbox, counts, limits = Outbox(f"--connect {host}:{port}"), self.vitals.counts, self.limits
             self.outboxes.add(outbox)
-            counts, limits = self.vitals.counts, self.limits
-            self._task(dial(host, port, self.dial_tls, outbox, limits.stall_s, limits.backoff_s, counts, self.complain))
+            call = dial(host, port, self.dial_tls, outbox, limits.stall_s, limits.backoff_s, counts, self.complain)
+            self._task(call)
         self._task(self._watch())
-        await self._warm_up()
         return self.address
 
     async def close(self) -> dict:
@@ -595,21 +597,12 @@ class Service:
 
 async def serve(cfg: Config, pipeline: Any, table: states.Table) -> tuple[dict, bool]:
     """Run until a signal, or until the replay it started has ended: totals, and whether Ctrl-C ended it. Raises Unusable."""
-    recorder = page = None
-    if cfg.record:
-        from lib.recorder import Recorder
-
-        recorder = Recorder(cfg.record)
-    if cfg.page:
-        from lib.page import Page
-
-        page = Page(*sockets.address(cfg.page, "--page"))
-    service = Service(cfg, pipeline, table, recorder=recorder, page=page)
+    service = Service(cfg, pipeline, table)
     stop, caught = asyncio.Event(), []
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda number=number: (caught.append(number), stop.set()))
     listen = sockets.shown(await service.start())
-    watched = page and f"http://{sockets.shown(page.address)}/"
+    watched = service.page and f"http://{sockets.shown(service.page.address)}/"
     command.emit({"ready": True, "listen": listen, "connect": cfg.connect, "page": watched, "pid": os.getpid()})
     kinds = [kind for kind in ("replay", "lsl", "amplifier") if getattr(cfg, kind)]
     sources = [asyncio.create_task(source(cfg, service, kind, stop)) for kind in kinds]
@@ -634,8 +627,8 @@ async def source(cfg: Config, service: Service, kind: str, stop: asyncio.Event) 
         await asyncio.sleep(0.05)
     host, port = service.address
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    same = ("framing", "chunk", "speed", "seconds", "seed", "lsl_markers", "lsl_unit", "lsl_scope")  # flags of its own
-    given = {"action": kind, "to": sockets.shown((host, port)), "tls_ca": cfg.tls_cert}
+    same = "framing chunk speed seconds seed lsl_markers lsl_unit lsl_channels lsl_scope".split()  # flags of its own
+    given = {"action": kind, "to": sockets.shown((host, port)), "tls_ca": cfg.tls_ca or cfg.tls_cert}
     given |= {name: getattr(cfg, name) for name in (*same, *([kind] if kind != "amplifier" else []))}
     flags = [w for name, value in given.items() if value is not None for w in (f"--{name.replace('_', '-')}", value)]
     variables = {sockets.TOKEN_VARIABLE: service.token} if service.token else {}
@@ -715,8 +708,10 @@ def talk(cfg: Config) -> dict:
         if cfg.lsl is None:
             raise Unusable("--action lsl needs --lsl NAME")
         return lsl.run(
-            cfg.lsl, to, cfg.lsl_markers, cfg.lsl_unit, cfg.lsl_scope, framing=cfg.framing, token=token, tls=tls
-        )
+            cfg.lsl, to, cfg.lsl_markers, cfg.lsl_unit, cfg.lsl_scope,
+            stated=tuple(cfg.lsl_channels.split(",")) if cfg.lsl_channels else None,
+            framing=cfg.framing, token=token, tls=tls,
+        )  # fmt: skip
     from lib import amplifier
 
     return amplifier.run(

@@ -5,6 +5,7 @@ Learn to generate windows of EEG or vibration, and to say how unusual a window i
     python train_flow.py --cache cache/demo cache/cwru --label fault            # several data sets, of any rates, in one model
     python train_flow.py --init runs/jepa-1/encoder.safetensors --contrast 0.1  # around a pretrained encoder, which goes on learning
     python train_flow.py --sample 800 --model runs/flow-1/model.safetensors --out cache/generated
+    python train_flow.py --judge 800 --model runs/flow-1/model.safetensors --cache cache/cwru --hold-out time
     python train_flow.py --score --model runs/flow-1/model.safetensors --cache cache/other
     torchrun --nproc-per-node 8 train_flow.py --preset base                     # the same result from 8 processes
 
@@ -18,10 +19,11 @@ Shape letters: B windows, C channels, T samples, N generated windows or tokens, 
 
 import copy
 import math
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,28 +37,28 @@ from tqdm import tqdm
 from lib import anomaly, command, conditions, flow, plot, recovery, whitening
 from lib.balance import Balance
 from lib.contrast import loss_infonce, units
-from lib.corpus import Corpus
+from lib.corpus import Corpus, even, fit_corpus
 from lib.errors import Unusable
 from lib.flops import StepCost, matmul_rate
 from lib.generated import write_generated
+from lib.generator import calibrate, draw_windows, fitting, in_unit, load_model, save_model, templates
 from lib.lineage import check_leak, digest, inherited, trained_on
 from lib.masks import uniform
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
+from lib.oddness import encoder_beside, flow_scores, mean_of
 from lib.optim import decay_groups, ema_update, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
 from lib.ranks import Ranks, join
+from lib.reflow import Pairs
 from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.samplers import UniformSampler
 from lib.store import write_atomic
-from lib.tensors import load_tensors, save_tensors
 from lib.traits import class_name
-from lib.velocity import Shape, Velocity, build_velocity, describe, rebuild
+from lib.velocity import Shape, Velocity, build_velocity, describe
 from lib.views import Strength, draws, make_view
 
-FORMAT, VERSION = "berger-flow", 1
-MOST_TEMPLATES = 512  # training recordings that a model file remembers conditions, montage, filter and levels of
-EVAL_STEP = 2**30  # from here on, "steps" whose random numbers draw what is evaluated, calibrated and paired
+EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw what is evaluated
 EVAL_TIMES = (0.1, 0.5, 0.9)
 
 
@@ -64,6 +66,7 @@ EVAL_TIMES = (0.1, 0.5, 0.9)
 class Config(RunConfig):
     # instead of training
     sample: int = 0  # windows to generate by --model into the cache --out; 0: train
+    judge: int = 0  # samples to hold against held-out windows of --cache (report.html): after training, or of --model
     score: bool = False  # how strange --model finds the held-out windows of --cache
     healthy: str | None = (
         None  # column=value of recordings that aren't, for --score; none: there are no others to tell apart
@@ -113,12 +116,12 @@ class Config(RunConfig):
     )
     init: str | None = None  # encoder.safetensors to start from; its architecture replaces the four flags below
     encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
-    d_model: int = 96  # width of tokens
-    layers: int = 2  # depth
+    d_model: int = 64  # width of tokens
+    layers: int = 3  # depth
     heads: int = 4  # attention heads
     patch: int = 64  # samples per token
-    widths: tuple[int, ...] = (24, 64)  # of the stages above the tokens
-    kernel: int = 5  # taps of their convolutions
+    widths: tuple[int, ...] = (16, 48)  # of the stages above the tokens
+    kernel: int = 3  # taps of their convolutions
     # further losses
     contrast: float = 0.0  # weight of InfoNCE between features of two augmented views of real windows
     align: float = 0.5  # weight of imitating the encoder, for --share repa
@@ -138,9 +141,9 @@ class Config(RunConfig):
 
 PRESETS = {
     "mini": {},
-    "base": dict(steps=None, d_model=256, layers=6, heads=8, widths=(48, 128), batch=64, micro=32, max_channels=24, window=1024, lr=5e-4, ema=0.9995,
+    "base": dict(steps=None, d_model=256, layers=6, heads=8, widths=(48, 128), kernel=5, batch=64, micro=32, max_channels=24, window=1024, lr=5e-4, ema=0.9995,
                  contrast=0.1, val_windows=512, warmup=0.02, log_every=20, eval_every=1000, save_every=1000),
-    "full": dict(steps=None, d_model=512, layers=12, heads=8, widths=(64, 192), batch=256, micro=32, max_channels=0, window=1024, lr=2e-4, ema=0.9999,
+    "full": dict(steps=None, d_model=512, layers=12, heads=8, widths=(64, 192), kernel=5, batch=256, micro=32, max_channels=0, window=1024, lr=2e-4, ema=0.9999,
                  contrast=0.1, val_windows=1024, warmup=0.02, log_every=20, eval_every=1000, save_every=1000),
 }  # fmt: skip
 
@@ -200,15 +203,25 @@ def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int,
         views = [None] * 4
         if cfg.contrast:
             rate_hz = corpus.rate_hz(row_B[0])
-            some = dict(
-                shift_s=0.125 * corpus.samples / rate_hz, amplitude_db=1.6, bandstop_hz=0.1 * rate_hz, dropout=0.3
-            )
+            shift_s = 0.125 * corpus.samples / rate_hz
+            some = dict(shift_s=shift_s, amplitude_db=1.6, bandstop_hz=0.1 * rate_hz, dropout=0.3)
             good_BC = torch.ones(raw_BCT.shape[:2], dtype=torch.bool) if part.mask_BC is None else part.mask_BC
             for v in range(2):  # two views of one window have two indices
                 how = (rate_hz, Strength(**some), draws(cfg.seed, step, index + v * cfg.batch))
                 x_BCT, seen_BC = make_view(raw_BCT, part.positions_BC3, good_BC, *how)
                 views[2 * v : 2 * v + 2] = x_BCT, None if seen_BC.all() else seen_BC
         parts.append(Part(x1_BCT, x0_BCT, t_B, code_BF, part.positions_BC3, part.mask_BC, raw_BCT, *views, index))
+    return parts
+
+
+def paired(pairs: Pairs, index_B: np.ndarray, cfg: Config, micro: int, step: int) -> list[Part]:
+    """A teacher's pairs instead of windows and independent noise."""
+    parts = []
+    for x1_BCT, x0_BCT, code_BF, positions_BC3, index in pairs.draw(index_B, micro, cfg.seed, step):
+        u_BF = torch.from_numpy(uniform(cfg.seed, step, index, code_BF.shape[1] + 1, "flow drop"))
+        t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
+        code_BF = conditions.dropped(code_BF, u_BF, cfg.drop)
+        parts.append(Part(x1_BCT, x0_BCT, t_B, code_BF, positions_BC3, None, x1_BCT, *[None] * 4, index))
     return parts
 
 
@@ -237,19 +250,16 @@ class Model(nn.Module):
 
     def views(self, part: Part) -> torch.Tensor:
         """Projected views side by side (B, 2 E)."""
-        z_BND = (
-            self.encoder(x, part.positions_BC3, m)
-            for x, m in ((part.a_BCT, part.a_mask_BC), (part.b_BCT, part.b_mask_BC))
-        )
-        masks = (part.a_mask_BC, part.b_mask_BC)
-        return torch.cat([self.project(mean_of(z, m)).float() for z, m in zip(z_BND, masks, strict=True)], 1)
+        views = ((part.a_BCT, part.a_mask_BC), (part.b_BCT, part.b_mask_BC))
+        means = (mean_of(self.encoder(x_BCT, part.positions_BC3, mask_BC), mask_BC) for x_BCT, mask_BC in views)
+        return torch.cat([self.project(z_BD).float() for z_BD in means], 1)
 
     def forward(self, part: Part, predict: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Flow loss of each window, and how unlike the encoder's its tokens are (B) if they should imitate them."""
         x_BCT = flow.between(part.x0_BCT, part.x1_BCT, part.t_B)
         signal, seen_BD = (part.raw_BCT, part.positions_BC3, part.mask_BC), None
         if self.share == "cond":  # dropped where all conditions were
-            kept_B1 = part.code_BF[:, -1:].isfinite()
+            kept_B1 = part.code_BF.isfinite().any(1, keepdim=True)
             seen_BD = torch.where(kept_B1, mean_of(self.encoder(*signal), part.mask_BC), 0.0)
         out_BCT, z_BND = self.net(x_BCT, part.t_B, part.code_BF, part.positions_BC3, part.mask_BC, seen_BD)
         v_BCT = flow.to_velocity(out_BCT.float(), x_BCT, part.t_B, predict)
@@ -260,14 +270,6 @@ class Model(nn.Module):
             wanted_BND = self.encoder(*signal).float()
         unlike_BN1 = 1 - F.cosine_similarity(self.imitate(z_BND).float(), wanted_BND, dim=2)[:, :, None]
         return loss_B, mean_of(unlike_BN1, part.mask_BC)[:, 0]
-
-
-def mean_of(z_BND: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the tokens of good channels (B, D), float32."""
-    if mask_BC is None:
-        return z_BND.float().mean(1)
-    good_BN1 = mask_BC.repeat_interleave(z_BND.shape[1] // mask_BC.shape[1], 1)[:, :, None]
-    return torch.where(good_BN1, z_BND.float(), 0.0).sum(1) / good_BN1.sum(1).clamp_min(1)
 
 
 def contrast(model: Model, parts: list[Part], cfg: Config, dtype: str, ranks: Ranks) -> tuple[float, torch.Tensor]:
@@ -291,10 +293,7 @@ def contrast(model: Model, parts: list[Part], cfg: Config, dtype: str, ranks: Ra
 @torch.no_grad()
 def evaluate(model: Model, net: Velocity, parts: list[Part], cfg: Config, dtype: str) -> dict[str, float]:
     """The averaged network's loss on held-out windows, the same windows, noise and times every time, and at three times."""
-    device, losses = (
-        model.net.shared.device,
-        {name: [] for name in ("val_loss", *(f"val_loss_t{t:g}" for t in EVAL_TIMES))},
-    )
+    device, losses = model.net.shared.device, {"val_loss": []} | {f"val_loss_t{t:g}": [] for t in EVAL_TIMES}
     trained, model.net = model.net, net
     for part in (p.to(device) for p in parts):
         own_t_B = part.t_B
@@ -311,16 +310,10 @@ def check(cfg: Config, ranks: Ranks) -> None:
     """Raises Unusable for flags that make no sense, alone or together."""
     if cfg.batch < ranks.world:
         raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
-    if not (
-        0 < cfg.train_share < 1
-        and 0 <= cfg.drop < 1
-        and 0 <= cfg.uniform_share <= 1
-        and 0 <= cfg.ema < 1
-        and 0 <= cfg.warmup <= 1
-    ):
-        raise Unusable(
-            "--train-share must lie between 0 and 1, --drop and --ema in 0 to below 1, --uniform-share and --warmup in 0 to 1"
-        )
+    if not (0 < cfg.train_share < 1 and 0 <= cfg.drop < 1 and 0 <= cfg.ema < 1):
+        raise Unusable("--train-share must lie between 0 and 1, --drop and --ema in 0 to below 1")
+    if not (0 <= cfg.uniform_share <= 1 and 0 <= cfg.warmup <= 1):
+        raise Unusable("--uniform-share and --warmup must lie in 0 to 1")
     names = "batch window stride nfe lr clip log_every val_windows steps epochs pairs kernel temperature patch"
     for name in names.split():
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
@@ -335,10 +328,14 @@ def check(cfg: Config, ranks: Ranks) -> None:
         raise Unusable(f"--kernel {cfg.kernel} must be odd, and --widths {cfg.widths} positive")
     if cfg.share == "repa" and not (cfg.init and cfg.align):
         raise Unusable("--share repa imitates a trained encoder: give --init, and --align above 0")
+    if cfg.reflow and (cfg.contrast or cfg.share in ("cond", "repa")):
+        raise Unusable("--reflow learns generated pairs only: leave out --contrast, and --share cond or repa")
     if cfg.contrast and cfg.batch < 2:
         raise Unusable("--contrast compares windows: it needs a --batch of at least two")
     if (cfg.sample or cfg.score) and not cfg.model:
         raise Unusable("--sample and --score need --model: model.safetensors of a run")
+    if cfg.model and bool(cfg.sample) + cfg.score + bool(cfg.judge) != 1:
+        raise Unusable("--model goes with one of --sample, --score and --judge; training goes on with --resume")
 
 
 # ----------------------------------------------------------------------------
@@ -349,121 +346,33 @@ def start_encoder(cfg: Config, corpus: Corpus) -> tuple[nn.Module, list[dict]]:
     """The encoder to build on and the lineage of the file it comes from. Raises Unusable."""
     if cfg.init:
         encoder, init = load_encoder(cfg.init, corpus.caches[0])
-        if encoder.architecture.adapter != "none":
+        adapter = encoder.architecture.adapter
+        if adapter != "none":
             raise Unusable(
-                f"--init {cfg.init} has the adapter {encoder.architecture.adapter}; a flow needs one without (--adapter none)"
+                f"--init {cfg.init} has the adapter {adapter}; a flow needs an encoder without (--adapter none)"
             )
         return encoder.train(), inherited(init, cfg.init)
     architecture = Architecture(cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, corpus.rate_hz(0), cfg.patch)
     return build_encoder(architecture), []
 
 
-def fit_target(
-    cfg: Config, corpus: Corpus, run: Run | None = None
-) -> tuple[Target, list[conditions.Condition], Counter]:
-    """Filters and levels, from the training part; conditions, from training recordings; and how many values others have beyond these."""
-    rows = corpus.rows("train")
-    columns = {
-        "dataset": ("dataset",),
-        "label": cfg.label,
-        "domain": cfg.domain,
-        "speed": (cfg.speed,) if cfg.speed else (),
-    }
-    columns |= {name: (name,) for name in cfg.traits}
-    named = {name: words for name, words in columns.items() if words}
-    values = corpus.values(named)
+def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, list[conditions.Condition], Counter]:
+    """Filters, levels and conditions, from the training part, and which values of other recordings these don't know, counted."""
+    whiten, group_R = fit_corpus(corpus, cfg.whiten_by == "recording", cfg.whiten_order)
+    asked = {"label": cfg.label, "domain": cfg.domain, **{name: (name,) for name in cfg.traits}}
+    asked = {name: words for name, words in asked.items() if words}
+    values = corpus.values({"dataset": ("dataset",), **asked, "speed": (cfg.speed,)})
+    known = {key: digest(key) for key in whiten.names if cfg.whiten_by == "recording"}
     for i, row in enumerate(values):
-        row["rate"] = corpus.rate_hz(i)
-    learned = conditions.learn([values[i] for i in rows], [*list(named)[:1], "rate", *list(named)[1:]])
-    for name in ("label", "domain", *cfg.traits):
-        if named.get(name) and not any(name in values[i] for i in rows):
-            raise Unusable(
-                f"--{name if name in ('label', 'domain') else 'traits'} {' '.join(named[name])}: no training recording has it"
-            )
-    unknown: Counter = Counter()
+        row |= {"rate": corpus.rate_hz(i), "recording": known.get(corpus.recordings[i].key)}
+    rows = [values[i] for i in corpus.rows("train")]
+    for name, words in asked.items():
+        if not any(name in row for row in rows):
+            flag = name if name in ("label", "domain") else "traits"
+            raise Unusable(f"--{flag} {' '.join(words)}: no training recording has it")
+    learned, unknown = conditions.learn(rows, ("dataset", "rate", *asked, "speed", "recording")), Counter()
     code_RF = torch.tensor([conditions.encode(learned, row, unknown) for row in values], dtype=torch.float32)
-
-    key_of = {
-        i: corpus.recordings[i].key if cfg.whiten_by == "recording" else corpus.recordings[i].dataset for i in rows
-    }
-    members: dict[str, list[int]] = {}
-    for i in rows:
-        members.setdefault(key_of[i], []).append(i)
-    chosen = even(sorted(members), MOST_TEMPLATES)
-    signals = {name: [x for i in even(members[name], 64) for x in corpus.signal(i)] for name in chosen}
-    signals = {name: stretches for name, stretches in signals.items() if stretches}
-    whiten = whitening.fit(tuple(signals), list(signals.values()), cfg.whiten_order, cfg.window)
-    group_of = {name: g for g, name in enumerate(signals)}
-    group_R = np.array([group_of.get(key_of.get(i), -1) for i in range(len(corpus.recordings))])
-    held = {i for part in ("train", "val") for i in corpus.rows(part)}
-    for i in sorted(
-        held & set(np.flatnonzero(group_R < 0).tolist())
-    ):  # without a filter of its own: the one that fits best
-        stretches = corpus.signal(i, "train" if i in key_of else "val")
-        if stretches:
-            group_R[i] = whiten.choose(whitening.autocorrelation(stretches[0], cfg.whiten_order))
-    return Target(corpus, whiten, np.maximum(group_R, 0), code_RF), learned, unknown
-
-
-def even(items: list, most: int) -> list:
-    """At most so many of them, evenly chosen."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]
-
-
-def templates_of(cfg: Config, target: Target) -> list[dict]:
-    """What sampling takes from training recordings: montage, scales, filter, conditions. Subjects are hashes, as in lineages."""
-    corpus, found = target.corpus, []
-    for i in even(corpus.rows("train"), MOST_TEMPLATES):
-        recording, cache = corpus.recordings[i], corpus.caches[corpus.cache_R[i]]
-        row = int(corpus.row_R[i])
-        batch = cache.read([row], [corpus.recordings[i].segments[0][0]], 1)
-        good_C = batch.mask_BC[0].numpy()
-        places = batch.positions_BC3[0].double().tolist()
-        keep = np.flatnonzero(good_C)
-        scale_C, offset_C = cache.scales(row)
-        columns = {
-            w: v
-            for w in (*cfg.label, *cfg.domain, cfg.speed, *cfg.traits)
-            if w and (v := cache.column(w)[row]) is not None
-        }
-        columns = {w: digest(str(v)) if w == "subject" else v for w, v in columns.items() if v == v}
-        found.append({
-            "key": f"{digest(recording.key)}", "dataset": recording.dataset, "subject": digest(recording.subject),
-            "columns": columns, "signal": cache.signal, "unit": cache.unit, "group": int(target.group_R[i]),
-            "code": [None if v != v else v for v in target.code_RF[i].tolist()],
-            "names": [recording.names[c] for c in keep],
-            "positions": [None if places[c][0] != places[c][0] else places[c] for c in keep],
-            "scale": scale_C[keep].tolist(), "offset": offset_C[keep].tolist(),
-        })  # fmt: skip
-    return found
-
-
-def make_pairs(path: str, target: Target, templates: list[dict], cfg: Config) -> list[tuple]:
-    """For one round of reflow (Liu 2023): (x1, x0, codes, positions) of each template, by the teacher's own paths."""
-    teacher, _, meta = load_model(path)
-    each, found = -(-cfg.pairs // len(templates)), []
-    for k, template in enumerate(templates):
-        index_N = k * each + np.arange(each)
-        _, code_NF = draw_levels(target.whiten, template, index_N, cfg.seed)
-        positions_C3 = positions_of(template)
-        x1_NCT = flow.sample(
-            teacher, code_NF, positions_C3, cfg.window, meta["predict"], 1.0, 32, "heun", cfg.seed, index_N[0]
-        )
-        x0_NCT = flow.draw_noise(cfg.seed, 0, index_N, x1_NCT.shape[1:])
-        found.append((x1_NCT, x0_NCT, code_NF, positions_C3.expand(each, -1, -1)))
-    return found
-
-
-def paired(pairs: list[tuple], part: Part, cfg: Config, step: int) -> Part:
-    """The part with pairs of a teacher instead of windows and independent noise."""
-    u_B2 = uniform(cfg.seed, step, part.index_B, 2, "flow pair")
-    kinds = [p for p in pairs if p[0].shape[1] == part.x1_BCT.shape[1]] or pairs
-    some = kinds[int(u_B2[0, 0] * len(kinds))] if len({p[0].shape[1] for p in kinds}) > 1 else None
-    picks = [some or kinds[int(u * len(kinds))] for u in u_B2[:, 0]]
-    rows = [[t[int(u * len(t))] for t in pick] for pick, u in zip(picks, u_B2[:, 1], strict=True)]
-    x1_BCT, x0_BCT, code_BF, positions_BC3 = (torch.stack(column) for column in zip(*rows, strict=True))
-    keep = dict(vars(part), x1_BCT=x1_BCT, x0_BCT=x0_BCT, code_BF=code_BF, positions_BC3=positions_BC3, mask_BC=None)
-    return Part(**keep)
+    return Target(corpus, whiten, group_R, code_RF), learned, unknown
 
 
 # ----------------------------------------------------------------------------
@@ -473,8 +382,8 @@ def paired(pairs: list[tuple], part: Part, cfg: Config, step: int) -> Part:
 def main(cfg: Config) -> dict | None:
     ranks = join(cfg.device)
     check(cfg, ranks)
-    if cfg.sample or cfg.score:
-        return generate(cfg, ranks) if cfg.sample else score(cfg, ranks)
+    if cfg.model:
+        return generate(cfg, ranks) if cfg.sample else score(cfg, ranks) if cfg.score else judge(cfg, cfg.model)
     device = ranks.device
     torch.manual_seed(cfg.seed)
     corpus = Corpus(cfg.cache, cfg.window, cfg.whiten_order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
@@ -483,6 +392,9 @@ def main(cfg: Config) -> dict | None:
     train, rows = corpus.windows("train"), corpus.rows("train")
     held = corpus.rows("val") if corpus.spans["val"] and len(corpus.windows("val")) else []
     val = corpus.windows("val" if held else "train")
+    patch = encoder.architecture.patch
+    if cfg.window % patch and (cfg.contrast or cfg.share in ("cond", "repa")):
+        raise Unusable(f"--window {cfg.window} is no whole number of patches of {patch} (--patch or --init)")
     if cfg.hold_out == "subject":
         check_leak(lineage, [corpus.recordings[i].subject for i in held], (), cfg.allow_leak)
     sampler, share = UniformSampler(len(train), cfg.batch, cfg.seed), ranks.share(cfg.batch)
@@ -494,24 +406,18 @@ def main(cfg: Config) -> dict | None:
         run.say(f"conditions that training recordings don't have, taken as unknown: {dict(unknown.most_common(5))}")
     if not cfg.init:
         some = corpus.read(*train.locate(sampler.ids(0)), np.arange(cfg.batch), cfg.max_channels, 0, cfg.seed, 0)
-        length = corpus.samples - corpus.samples % cfg.patch
-        patches = [
-            (p.x_BCT if p.mask_BC is None else p.x_BCT[p.mask_BC])[..., -length:].reshape(-1, cfg.patch) for p in some
-        ]
-        encoder.embed.calibrate(torch.cat(patches))
+        signals = (p.x_BCT.flatten(0, 1) if p.mask_BC is None else p.x_BCT[p.mask_BC] for p in some)
+        encoder.embed.calibrate(torch.cat([x[:, : cfg.window // patch * patch].reshape(-1, patch) for x in signals]))
     shared = cfg.share == "trunk"
     shape = Shape(cfg.widths, cfg.kernel, look=cfg.share == "cond")
     net = Velocity(encoder, learned, shape) if shared else build_velocity(encoder.architecture, learned, shape)
     model = Model(net, None if shared else encoder, cfg).to(device)
     ema = copy.deepcopy(model.net).requires_grad_(False).eval()
     losses = ("flow", *(["contrast"] if cfg.contrast else []), *(["align"] if cfg.share == "repa" else []))
-    balance = Balance(
-        losses, tuple({"flow": 1.0, "contrast": cfg.contrast, "align": cfg.align}[n] for n in losses), cfg.balance
-    ).to(device)
-    modules, parameters = (
-        {"model": model, "ema": ema, "balance": balance},
-        [p for p in model.parameters() if p.requires_grad],
-    )
+    shares = {"flow": 1.0, "contrast": cfg.contrast, "align": cfg.align}
+    balance = Balance(losses, tuple(shares[name] for name in losses), cfg.balance).to(device)
+    modules = {"model": model, "ema": ema, "balance": balance}
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = decay_groups(model, cfg.weight_decay)
     if cfg.balance == "uncertainty":
         groups.append({"params": [balance.log_variance], "weight_decay": 0.0, "scale": 1.0})
@@ -519,21 +425,16 @@ def main(cfg: Config) -> dict | None:
     state = {"step": 0, "dtype": None, "recent": [], "best": []} | recovery.fresh(cfg.micro)
     if cfg.resume:
         state |= run.restore(modules, optimizer)
-    templates = templates_of(cfg, target)
-    pairs = make_pairs(cfg.reflow, target, templates, cfg) if cfg.reflow else None
-    meta = {
-        "predict": cfg.predict,
-        "window": cfg.window,
-        "level": cfg.level,
-        "groups": target.whiten.names,
-        "templates": templates,
-    }
-    meta |= {"run": run.name, "lineage": lineage, **trained_on_corpus(corpus, rows)}
+    columns = [name for name in (*cfg.label, *cfg.domain, cfg.speed, *cfg.traits) if name]
+    meta = {"predict": cfg.predict, "window": cfg.window, "level": cfg.level, "run": run.name, "lineage": lineage}
+    meta |= {"templates": templates(corpus, target.group_R, target.code_RF, columns), **trained_on_corpus(corpus, rows)}
+    pairs = Pairs(cfg.reflow, cfg.pairs, cfg.window, describe(net)["conditions"], cfg.seed) if cfg.reflow else None
 
     def batch_of(step: int, who: np.ndarray = share, micro: int | None = None) -> list[Part]:
-        where = train.locate(sampler.ids(step)[who])
-        parts = draw(target, *where, who, cfg, state["micro"] if micro is None else micro, step, cfg.drop)
-        return [paired(pairs, part, cfg, step) for part in parts] if pairs else parts
+        micro = state["micro"] if micro is None else micro
+        if pairs:
+            return paired(pairs, who, cfg, micro, step)
+        return draw(target, *train.locate(sampler.ids(step)[who]), who, cfg, micro, step, cfg.drop)
 
     if not state["dtype"]:
         part = batch_of(0, share if device.type == "cuda" else share[:16], 0)[0].to(device)
@@ -600,11 +501,8 @@ def main(cfg: Config) -> dict | None:
             loader.seek(state["step"])
             bar.update(state["step"] - step)
             continue
-        pace.add(
-            began,
-            cfg.batch,
-            sum(p.x1_BCT.shape[:2].numel() for p in parts) * cfg.window / net.encoder.architecture.patch,
-        )
+        tokens = sum(p.x1_BCT.shape[:2].numel() for p in parts) * -(-cfg.window // patch)
+        pace.add(began, cfg.batch, tokens)
         bar.update()
 
         state["step"] = done = step + 1
@@ -634,7 +532,7 @@ def main(cfg: Config) -> dict | None:
     results = None
     if ranks.first:
         if cfg.calibrate:
-            calibrate(ema, target.whiten, meta, cfg)
+            calibrate(ema, target.whiten, meta, cfg.calibrate, cfg.seed, cfg.nfe, cfg.solver)
         save_model(run.directory / "model.safetensors", ema, target.whiten, meta | {"step": steps})
         signal = signal_meta(corpus.caches[0]) | {
             "window_s": cfg.window / corpus.rate_hz(0),
@@ -646,6 +544,10 @@ def main(cfg: Config) -> dict | None:
         lines = run.lines()
         plot.curves(lines, run.directory / "curves.png")
         results = report(run, lines, state, sum(p.numel() for p in model.net.parameters()), dict(unknown))
+        if cfg.judge:
+            judged = judge(cfg, results["model"], lines)
+            results["metrics"] |= {f"quality_{name}": value for name, value in judged["metrics"].items()}
+            results |= {name: judged[name] for name in ("verdict", "table", "report")}
     run.close()
     return results
 
@@ -696,99 +598,43 @@ def report(run: Run, lines: list[dict], state: dict, parameters: int, unknown: d
 
 
 # ----------------------------------------------------------------------------
-# models as files, and what they are for
-
-
-def save_model(path: Path, net: Velocity, whiten: whitening.Whitening, meta: dict) -> None:
-    """Write a network with its filters and everything that sampling and scoring need."""
-    tensors = {f"net.{k}": t for k, t in net.state_dict().items()} | {
-        f"whiten.{k}": t for k, t in whiten.tensors().items()
-    }
-    save_tensors(path, tensors, {"format": FORMAT, "version": VERSION, **describe(net), **meta})
-
-
-def load_model(path: str | Path) -> tuple[Velocity, whitening.Whitening, dict]:
-    """A network (on the CPU, in evaluation mode), its filters, and its metadata. Raises Unusable."""
-    tensors, meta = load_tensors(path)
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
-    net = rebuild(meta)
-    net.load_state_dict({k.removeprefix("net."): t for k, t in tensors.items() if k.startswith("net.")})
-    own = {k.removeprefix("whiten."): t for k, t in tensors.items() if k.startswith("whiten.")}
-    return net.eval().requires_grad_(False), whitening.restore(meta["groups"], own), meta
-
-
-def positions_of(template: dict) -> torch.Tensor:
-    """Places (C, 3) of a template's channels; NaN where unknown."""
-    return torch.tensor([p or [math.nan] * 3 for p in template["positions"]], dtype=torch.float32)
-
-
-def draw_levels(
-    whiten: whitening.Whitening, template: dict, index_N: np.ndarray, seed: int
-) -> tuple[np.ndarray, torch.Tensor]:
-    """Log RMS (N) of windows to generate, from those of the template's group, and their condition codes (N, F)."""
-    u_N = uniform(seed, 0, index_N, 1, "flow level")[:, 0]
-    log_N, deviate_N = whiten.draw_levels(u_N, template["group"])
-    code_F = torch.tensor([math.nan if v is None else v for v in template["code"]], dtype=torch.float32)
-    code_NF = code_F.repeat(len(index_N), 1)
-    code_NF[:, -1] = deviate_N
-    return log_N, code_NF
-
-
-def calibrate(net: Velocity, whiten: whitening.Whitening, meta: dict, cfg: Config) -> None:
-    """Measure what the mean spectrum of samples of each filter lacks, on samples that are used for nothing else."""
-    groups = {t["group"]: t for t in meta["templates"]}
-    each = max(8, cfg.calibrate // len(groups))
-    for k, (group, template) in enumerate(tqdm(groups.items(), desc="calibrating", unit="filter", dynamic_ncols=True)):
-        index_N = EVAL_STEP + k * each + np.arange(each)
-        log_N, code_NF = draw_levels(whiten, template, index_N, cfg.seed)
-        how = (positions_of(template), cfg.window, cfg.predict, 1.0, cfg.nfe, cfg.solver, cfg.seed)
-        w_NCT = flow.sample(net, code_NF, *how, first=int(index_N[0]))
-        whiten.calibrate(group, whiten.colour(w_NCT, group, log_N if cfg.level else None, trim=False))
+# what a model is for
 
 
 def generate(cfg: Config, ranks: Ranks) -> dict:
-    """Generate windows into a cache, spread evenly over the training recordings that fit --given."""
-    began = time.perf_counter()
+    """Windows in a cache, spread evenly over the training recordings that fit --given."""
+    began, spent_s, first, found = time.perf_counter(), 0.0, 0, []
     net, whiten, meta = load_model(cfg.model)
     net = net.to(ranks.device)
     given = conditions.parse(net.given.conditions, cfg.given)
-    place = {c.name: f for f, c in enumerate(net.given.conditions)}
-    fitting = [
-        t
-        for t in meta["templates"]
-        if all(t["code"][place[n]] == v or abs((t["code"][place[n]] or 0) - v) < 1e-4 for n, v in given.items())
-    ]
-    fitting = fitting or meta["templates"]  # a combination that no recording had
-    counts = np.diff(np.linspace(0, cfg.sample, len(fitting) + 1).round().astype(int))
-    spent_s, pairs, first = 0.0, [], 0
+    chosen = fitting(net, meta, given)
+    counts = np.diff(np.linspace(0, cfg.sample, len(chosen) + 1).round().astype(int)).tolist()
     for template, count in zip(
-        tqdm(fitting, desc="sampling", unit="recording", dynamic_ncols=True), counts.tolist(), strict=True
+        tqdm(chosen, desc="sampling", unit="recording", dynamic_ncols=True), counts, strict=True
     ):
-        if not count:
-            continue
-        log_N, code_NF = draw_levels(whiten, template, first + np.arange(count), cfg.seed)
-        for name, value in given.items():
-            code_NF[:, place[name]] = value
-        if cfg.unconditional:
-            code_NF[:, :-1] = math.nan
-        if not meta["level"]:
-            log_N, code_NF[:, -1] = None, math.nan
-        started = time.perf_counter()
-        how = (positions_of(template), meta["window"], meta["predict"], cfg.guidance, cfg.nfe, cfg.solver, cfg.seed)
-        w_NCT = flow.sample(net, code_NF, *how, first=first)
-        spent_s += time.perf_counter() - started
-        first += count
-        x_NCT = whiten.colour(w_NCT, template["group"], log_N)
-        scale_C1, offset_C1 = (np.array(template[name])[:, None] for name in ("scale", "offset"))
-        pairs.append((template, x_NCT * scale_C1 + offset_C1))
-    how = f"python train_flow.py --sample {cfg.sample} --model {cfg.model} --out {cfg.out} --seed {cfg.seed}"
-    recordings = write_generated(cfg.out, pairs, meta["run"], f"{how} --nfe {cfg.nfe} --solver {cfg.solver}")
+        if count:
+            started = time.perf_counter()
+            how = (given, cfg.unconditional, cfg.guidance, cfg.nfe, cfg.solver)
+            w_NCT, log_N, _ = draw_windows(net, whiten, meta, template, first + np.arange(count), cfg.seed, *how)
+            spent_s += time.perf_counter() - started
+            found.append((template, in_unit(whiten, template, w_NCT, log_N)))
+            first += count
+    flags = f"--sample {cfg.sample} --model {cfg.model} --out {cfg.out} --seed {cfg.seed} --nfe {cfg.nfe} --solver {cfg.solver}"
+    recordings = write_generated(cfg.out, found, meta["run"], f"python {Path(__file__).name} {flags}")
     return {
         "run": meta["run"], "step": meta["step"], "metrics": {}, "cache": cfg.out, "recordings": recordings, "windows": first,
         "nfe": cfg.nfe, "solver": cfg.solver, "windows_per_s": round(first / spent_s, 1),
         "seconds": round(time.perf_counter() - began, 2), "model": cfg.model,
     }  # fmt: skip
+
+
+def judge(cfg: Config, model: str, lines: Sequence[dict] = ()) -> dict:
+    """Samples of a model beside held-out windows and floors, written as metrics.json and report.html beside it."""
+    from lib.quality_report import judge_run  # here: it brings scikit-learn and matplotlib along
+
+    held = dict(by_time=cfg.hold_out == "time", share=cfg.train_share, columns=cfg.label, count=cfg.judge)
+    how = dict(nfe=cfg.nfe, solver=cfg.solver, guidance=cfg.guidance, seed=cfg.seed)
+    return judge_run(model, cfg.cache, **held, **how, log=lines, command=shlex.join(["python", *sys.argv]))
 
 
 def score(cfg: Config, ranks: Ranks) -> dict:
@@ -810,7 +656,7 @@ def score(cfg: Config, ranks: Ranks) -> dict:
         code_RF = torch.full((len(well_R), len(net.given.conditions)), math.nan)  # what is asked for is never told
         target = Target(corpus, whiten, group_R, code_RF)
         drawn = draw(target, row_N[kept], start_N[kept], np.arange(len(kept)), cfg, 64, EVAL_STEP, 0.0)
-        parts[name] = np.concatenate([p.recording_B for p in drawn]), drawn
+        parts[name] = row_N[kept][np.concatenate([p.index_B for p in drawn])], drawn
     rates = {corpus.rate_hz(i) for row_N, _ in parts.values() for i in row_N}
     if len(rates) > 1 or len({p.x1_BCT.shape[1] for _, drawn in parts.values() for p in drawn}) > 1:
         raise Unusable("--score: recordings differ in rate or channels: give --cache with alike ones")
@@ -819,8 +665,9 @@ def score(cfg: Config, ranks: Ranks) -> dict:
             f"--score: too few windows to compare with, {[len(row_N) for row_N, _ in parts.values()]} (--healthy {cfg.healthy})"
         )
     row_N, _ = parts["val"]
-    scores = anomaly_scores(
-        net, load_encoder_beside(cfg.model, net), parts["train"][1], parts["val"][1], rates.pop(), meta, cfg, ranks
+    encoder = encoder_beside(cfg.model, net)
+    scores = flow_scores(
+        net, encoder, meta["predict"], parts["train"][1], parts["val"][1], rates.pop(), cfg.nfe, cfg.seed, ranks.device
     )
     keys = [corpus.recordings[i].key for i in row_N]
     table = {}
@@ -835,55 +682,6 @@ def score(cfg: Config, ranks: Ranks) -> dict:
         "run": meta["run"], "step": meta["step"], "metrics": {name: row["auroc"] for name, row in table.items()},
         "windows": len(keys), "scores": str(path), "model": cfg.model, "seconds": round(time.perf_counter() - began, 2),
     }  # fmt: skip
-
-
-def load_encoder_beside(path: str, net: Velocity) -> nn.Module:
-    """The encoder of the run that a model is of: its file, or the blocks inside the network."""
-    beside = Path(path).with_name("encoder.safetensors")
-    return load_encoder(beside)[0] if beside.exists() else net.encoder
-
-
-@torch.no_grad()
-def anomaly_scores(
-    net: Velocity,
-    encoder: nn.Module,
-    healthy: list[Part],
-    test: list[Part],
-    rate_hz: float,
-    meta: dict,
-    cfg: Config,
-    ranks: Ranks,
-) -> dict[str, anomaly.Score]:
-    """All scores of lib/anomaly.py: plain ones of the signal, neighbours in the encoder's features, and the flow's own, without conditions."""
-    net, encoder = net.to(ranks.device), encoder.to(ranks.device).eval()
-    raw_healthy, raw_test = (torch.cat([p.raw_BCT for p in parts]).numpy() for parts in (healthy, test))
-    white_healthy, white_test = (torch.cat([p.x1_BCT for p in parts]).numpy() for parts in (healthy, test))
-    position_1C3 = test[0].positions_BC3[:1].to(ranks.device)
-
-    def of(x_NCT: torch.Tensor) -> flow.Velocity:
-        code_NF = torch.full((len(x_NCT), len(net.given.conditions)), math.nan, device=ranks.device)
-        return flow.network_velocity(net, code_NF, position_1C3.expand(len(x_NCT), -1, -1), meta["predict"])
-
-    def velocity(x_NCT: np.ndarray, t: float) -> np.ndarray:
-        x_NCT = torch.from_numpy(np.asarray(x_NCT, np.float32)).to(ranks.device)
-        return of(x_NCT)(x_NCT, t).cpu().numpy()
-
-    def encode(x_NCT: np.ndarray, probes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        x_NCT = torch.from_numpy(x_NCT).to(ranks.device)
-        noise, log_p_N, error_N = flow.log_likelihood(of(x_NCT), x_NCT, cfg.nfe, probes, cfg.seed)
-        return noise.cpu().numpy(), -log_p_N.cpu().numpy(), error_N.cpu().numpy()
-
-    def features(parts: list[Part]) -> np.ndarray:
-        length = encoder.architecture.patch
-        signals = ((p.to(ranks.device), p.raw_BCT.shape[2] // length * length) for p in parts)
-        return torch.cat(
-            [mean_of(encoder(p.raw_BCT[..., :n], p.positions_BC3, p.mask_BC), p.mask_BC).cpu() for p, n in signals]
-        ).numpy()
-
-    scores = anomaly.plain_scores(raw_healthy, raw_test, rate_hz)
-    scores["5-NN of features"] = anomaly.feature_score(features(healthy), features(test))
-    scores["residual"] = anomaly.residual_score(velocity, white_healthy, white_test, seed=cfg.seed)
-    return scores | anomaly.likelihood_scores(encode, white_healthy, white_test)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Shapes: T samples, C channels.
 from collections.abc import Iterator
 
 import numpy as np
+from scipy import signal
 
 from lib import wire
 from lib.channels import POSITIONS
@@ -51,12 +52,11 @@ class Amplifier:
         self.truth: list[tuple[int, str]] = []
         self._noise, self._chance = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
         C = len(channels)
-        self._decay_B1 = np.exp(-1 / (rate_hz * np.array([[s] for s, _ in BACKGROUND_UV])))
-        self._drive_B1 = np.array([[uv] for _, uv in BACKGROUND_UV]) * np.sqrt(1 - self._decay_B1**2)
-        self._background_BC = np.zeros((len(BACKGROUND_UV), C))
+        self._background = [_smooth(seconds * rate_hz, C) for seconds, _ in BACKGROUND_UV]
         radius = np.exp(-np.pi * ALPHA_WIDTH_HZ / rate_hz)
-        self._turn, self._push = radius * np.exp(2j * np.pi * ALPHA_HZ / rate_hz), np.sqrt(1 - radius**2)
-        self._rhythm, self._level, self.alpha = 0j, 0.0, False
+        self._rhythm = _Recursion(np.sqrt(1 - radius**2), complex(radius * np.exp(2j * np.pi * ALPHA_HZ / rate_hz)), 1)
+        rise = float(np.exp(-1 / (ALPHA_RISE_S * rate_hz)))
+        self._level, self.alpha = _Recursion(1 - rise, rise, 1), False
         self._occiput_C, self._forehead_C = _reach(channels, "O1", "O2"), _reach(channels, "Fp1", "Fp2")
         self._eyes_C = _reach(channels, "F8") - _reach(channels, "F7")
         self._bumps: list[tuple[int, np.ndarray, np.ndarray]] = []  # first sample, its course, its channels
@@ -86,16 +86,11 @@ class Amplifier:
                 self._blink(self._next_blink)
             self._next_blink += self._wait()
         white_TK = self._noise.standard_normal((samples, (len(BACKGROUND_UV) + 1) * C + 1))
-        rise = 1 - np.exp(-1 / (ALPHA_RISE_S * self.rate_hz))
         x_TC = SENSOR_UV * white_TK[:, :C]
-        for x_C, white_K in zip(x_TC, white_TK, strict=True):
-            drive_BC = white_K[C : C + self._background_BC.size].reshape(-1, C)
-            self._background_BC = self._decay_B1 * self._background_BC + self._drive_B1 * drive_BC
-            self._rhythm = self._turn * self._rhythm + self._push * white_K[-1]
-            self._level += rise * (self.alpha - self._level)
-            x_C += (
-                self._background_BC.sum(0) + (np.sqrt(2) * ALPHA_UV * self._level * self._rhythm.real) * self._occiput_C
-            )
+        for i, ((_, uv), part) in enumerate(zip(BACKGROUND_UV, self._background, strict=True)):
+            x_TC += uv * part(white_TK[:, (i + 1) * C : (i + 2) * C])
+        level_T1 = self._level(np.full((samples, 1), float(self.alpha)))
+        x_TC += np.sqrt(2) * ALPHA_UV * level_T1 * self._rhythm(white_TK[:, -1:]).real * self._occiput_C
         index_T = np.arange(self.seq, stop)
         x_TC += np.sqrt(2) * LINE_UV * np.sin(2 * np.pi * LINE_HZ / self.rate_hz * index_T)[:, None]
         for first, course_T, reach_C in self._bumps:
@@ -116,6 +111,23 @@ class Amplifier:
 
     def _note(self, seq: int, what: str) -> None:
         self.truth = [*self.truth[-999:], (seq, what)]
+
+
+class _Recursion:
+    """y[t] = gain x[t] + keep y[t - 1] down the rows, however they are cut."""
+
+    def __init__(self, gain: float, keep: complex, columns: int):
+        self._gain, self._keep, self._state = [gain], [1.0, -keep], np.zeros((1, columns), type(keep))
+
+    def __call__(self, x_TN: np.ndarray) -> np.ndarray:
+        y_TN, self._state = signal.lfilter(self._gain, self._keep, x_TN, axis=0, zi=self._state)
+        return y_TN
+
+
+def _smooth(samples: float, columns: int) -> _Recursion:
+    """White noise to noise of the same power that forgets over so many samples."""
+    keep = float(np.exp(-1 / samples))
+    return _Recursion(np.sqrt(1 - keep**2), keep, columns)
 
 
 def _reach(channels: tuple[str, ...], *sources: str) -> np.ndarray:

@@ -4,8 +4,6 @@ How much each of several losses counts: by fixed weights, by their gradients, or
 Every mode works on sums over the global batch, so that ranks and micro-batches change nothing, and starts from the fixed weights.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -32,7 +30,7 @@ class Balance(nn.Module):
         self.names, self.mode = names, mode
         self.register_buffer("share", torch.tensor(shares, dtype=torch.float32))
         self.register_buffer("weight", torch.tensor(shares, dtype=torch.float32))
-        self.register_buffer("first", torch.full((len(names),), math.nan))
+        self.register_buffer("first", torch.zeros(len(names)))  # each loss when it was first compared; 0: not yet
         self.log_variance = nn.Parameter(torch.zeros(len(names)), requires_grad=mode == "uncertainty")
 
     def weights(self) -> list[float]:
@@ -51,7 +49,7 @@ class Balance(nn.Module):
         loss, norm = (torch.tensor(v, dtype=torch.float32, device=self.weight.device) for v in (losses, norms))
         if not (loss.isfinite().all() and norm.isfinite().all() and (norm > 0).all()):
             return  # a step that recovery will skip, or a loss that doesn't reach the layer yet
-        self.first.copy_(torch.where(self.first.isfinite(), self.first, loss))
+        self.first.copy_(torch.where(self.first > 0, self.first, loss))
         fallen = loss / self.first.clamp_min(1e-12)
         wanted = self.share * (fallen / fallen.mean()).clamp_min(1e-6) ** ALPHA
         wanted = wanted / norm

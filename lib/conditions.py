@@ -1,5 +1,5 @@
 """
-What a window is generated for: data set, label, domain, sampling rate, speed, traits of a person, and its level.
+What a window is generated for: data set, label, domain, sampling rate, speed, traits of a person, a known recording, and its level.
 
 Each is a number or one of the classes that training recordings had. A model must also do without: each is dropped per window, on its own
 and together with all others, so that any subset can be given. A value that is missing, or that training didn't know, is null, which is a

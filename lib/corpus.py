@@ -16,8 +16,10 @@ import torch
 from lib.batches import Part, read_parts
 from lib.cache import Cache, Recording
 from lib.errors import Unusable
+from lib.whitening import Whitening, autocorrelation, fit
 from lib.windows import Windows
 
+MOST_FILTERS = 512  # groups that have a filter of their own
 MOST_FITTED = 2**18  # samples of a recording that statistics are taken from, spread over its segments
 
 
@@ -108,3 +110,31 @@ class Corpus:
                 found.append(batch.x_BCT[0][batch.mask_BC[0]])
                 left -= length
         return found
+
+
+def fit_corpus(corpus: Corpus, by_recording: bool, order: int) -> tuple[Whitening, np.ndarray]:
+    """
+    Filters and levels from the training part, by recording or by data set, and which of them every recording takes (R).
+
+    What has none of its own, because it is held out or one of too many, takes the one that predicts it best, labels unseen.
+    """
+    trained = corpus.rows("train")
+    name_R = [r.key if by_recording else r.dataset for r in corpus.recordings]
+    members = {name: [i for i in trained if name_R[i] == name] for name in sorted({name_R[i] for i in trained})}
+    signals = {
+        name: [x for i in even(members[name], 64) for x in corpus.signal(i)] for name in even([*members], MOST_FILTERS)
+    }
+    signals = {name: stretches for name, stretches in signals.items() if stretches}
+    whiten = fit([*signals], [*signals.values()], order, corpus.samples)
+    number = {name: g for g, name in enumerate(signals)}
+    group_R = np.array([number.get(name, -1) for name in name_R])
+    for part in ("train", "val"):
+        for i in corpus.rows(part):
+            if group_R[i] < 0 and (stretches := corpus.signal(i, part)):
+                group_R[i] = whiten.choose(autocorrelation(stretches[0], order))
+    return whiten, np.maximum(group_R, 0)
+
+
+def even(items: list, most: int) -> list:
+    """At most so many of them, evenly chosen."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]

@@ -22,7 +22,7 @@ from lib.filters import Causal, check_band, same_rate
 
 LIMIT_UV = 1e6  # no electrode gives a volt
 PIECE = 64  # samples that are filtered at once, at most: what a ring holds stays in the processor's cache
-LOOK_S, LOOK_SAMPLES = 2.0, 4096  # what quality() looks back at, and the most samples of it
+LOOK_S, LOOK_SAMPLES = 2.0, 2048  # what quality() looks back at, and the most samples of it
 LINE_HZ = (50.0, 60.0)
 
 
@@ -62,6 +62,12 @@ class Window:
     x_CT: np.ndarray  # float32, C-contiguous, in the model's order and unit
     valid: bool = True
     reason: str | None = None  # settling (after the start), gap, rewind, nan, saturated
+
+
+def stack(windows) -> np.ndarray:
+    """Windows (Window, or their arrays) as float64 (N, C, T), without those that aren't numbers throughout."""
+    kept = [x for x in (np.asarray(getattr(w, "x_CT", w), np.float64) for w in windows) if np.isfinite(x).all()]
+    return np.stack(kept) if kept else np.empty((0, 0, 0))
 
 
 class Ring:
@@ -159,7 +165,9 @@ class Intake:
         if self.factor != 1:
             x_CT *= self.factor
         # a sum of squares is the cheapest look at every sample: it says no more than that all are finite and small
-        if self.run == 0 and float(flat.dot(flat)) * self.factor**2 <= LIMIT_UV**2:
+        with np.errstate(over="ignore", invalid="ignore"):
+            power = float(flat.dot(flat)) * self.factor**2
+        if self.run == 0 and power <= LIMIT_UV**2:
             self._filter(x_CT, windows)
         else:
             self._filter_doubtful(x_CT, windows)

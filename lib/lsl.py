@@ -245,8 +245,9 @@ class Bridge:
         told = False
         while self._inlet is None and going(self.totals) and not orphaned():
             found = self.pylsl.resolve_bypred(self._wanted, 1, 1.0)
-            if found and self.info is None:  # to begin with, listen on: there may be others
-                found = self.pylsl.resolve_bypred(self._wanted, 2, 0.5) or found
+            if found and self.info is None:  # to begin with, listen on: there may be others, whose answers take longer
+                found += self.pylsl.resolve_bypred(self._wanted, 2, 2.0)
+                found = list({info.uid(): info for info in found}.values())
             if len(found) > 1:
                 which = ", ".join(f"{i.name()} ({i.source_id() or 'no source id'}, {i.hostname()})" for i in found)
                 raise Unusable(f"--lsl {self.name}: {len(found)} streams, {which}: name one by its source id")

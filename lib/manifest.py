@@ -52,6 +52,11 @@ def assemble(
     split_of = assign_splits(
         {(s.dataset, s.subject) for s, _, _ in kept}, {(s.dataset, s.subject): s.split for s, _, _ in kept if s.split}
     )
+    twins: dict[tuple, set[str]] = {}
+    for source, part, _ in kept:
+        twins.setdefault((part["bytes"], part["crc32"]), set()).add(split_of[source.dataset, source.subject])
+    if leaks := sum(len(splits) > 1 for splits in twins.values()):
+        notes["the same signal is in several splits"] = leaks
     participants = {f"{d}/{s}": dict(sorted(found.participants.get((d, s), {}).items())) for d, s in sorted(split_of)}
     if anonymous:
         kept = Pseudonyms.without_names(kept, parts)

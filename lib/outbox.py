@@ -91,7 +91,7 @@ async def dial(
             counts["dialled"] += 1
             say(logging.INFO, f"{where}: connected")
             try:
-                sockets.tune(writer.get_extra_info("socket"))
+                sockets.tune(writer.get_extra_info("socket"), stall_s)
                 writer.write(wire.SERVICE_HANDSHAKE)
                 await outbox.deliver(reader, writer, stall_s)
             except (OSError, ssl.SSLError, asyncio.TimeoutError) as error:

@@ -269,7 +269,7 @@ def _told_apart(pool: Pool, sets: list, kind: str, network: bool, legacy: bool, 
 
     for i, (a, b) in enumerate(sets[:FEW_DRAWS]):
         rng = np.random.default_rng([seed, 3, i])
-        fold_N = twosample.folds(len(a) + len(b), 5, rng)
+        fold_N = twosample.folds(len(a) + len(b), 3, rng)
         add("c2st", twosample.told_by_logistic(pool.features_NF[a], pool.features_NF[b], fold_N), len(a), rng)
         if network and i == 0:
             fold_N = twosample.folds(len(a) + len(b), 2, rng)

@@ -4,16 +4,21 @@ The page about a flow: verdict, table with floors, what its windows, spectra and
 Shape letters: N windows, C channels, L samples, F frequencies, R draws.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from lib import descriptors, quality, report, surrogates
+from lib import descriptors, generator, quality, report, surrogates
+from lib.command import json_line
 from lib.corpus import Corpus
 from lib.errors import Unusable
+from lib.lineage import digest
+from lib.store import write_atomic
 
 SHOWN, DRAWS = 4, 40  # windows in a figure, and draws of a floor's band
 FEWEST_BLOCKS = 4  # held-out recordings or subjects; with fewer in val, those of test are judged with them
@@ -49,10 +54,15 @@ def write(
     """
     verdict = quality.gate(rows)
     bad_NCL = surrogates.phase_randomised(train_NCL[: len(fake_NCL)], np.random.default_rng(seed))
-    labels = (labels_real, labels_fake)
+    labels, alone = (labels_real, labels_fake), surrogates.lone(block_ids, labels_real)
+    words = (
+        WORDS
+        + f" {alone} labels have one held-out recording each, so its windows are dealt in the block floor."
+        * (alone > 0)
+    )
     sections = [
         ("Verdict", report.paragraph(verdict, warn="FAILED" in verdict or "WORSE" in verdict)),
-        ("Quality", table(rows) + report.paragraph(WORDS)),
+        ("Quality", table(rows) + report.paragraph(words)),
         ("Curves", report.curves(log) if log else ""),
         ("Windows", windows(real_NCL, fake_NCL, rate_hz, unit, *labels)),
         ("Spectra and envelopes", spectra(real_NCL, fake_NCL, bad_NCL, rate_hz, block_ids, labels_real, seed)),
@@ -178,7 +188,7 @@ def anomalies(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 # ----------------------------------------------------------------------------
-# from caches
+# from a model file and caches
 
 
 @dataclass
@@ -205,62 +215,111 @@ def read_windows(
     if not len(fitting):
         raise Unusable(f"no recording to compare with has the channels {', '.join(names)}")
     kept = np.sort(np.random.default_rng([seed, 8]).permutation(fitting)[:most])
-    values = corpus.values({"label": tuple(columns)}) if columns else None
+    values = corpus.values({name: (name,) for name in columns})
     x, block, label = [], [], []
     for i in kept:
         recording, cache = corpus.recordings[row_N[i]], corpus.caches[corpus.cache_R[row_N[i]]]
         batch = cache.read([corpus.row_R[row_N[i]]], [start_N[i]], corpus.samples, cache.unit)
         x.append(batch.x_BCT[0, [recording.names.index(name) for name in names]].numpy())
         block.append(recording.subject if cache.signal["kind"] == "eeg" else recording.key)
-        label.append(str(values[row_N[i]].get("label", "")) if values else "")
+        own = values[row_N[i]]
+        own |= {"subject": digest(str(own["subject"]))} if "subject" in own else {}  # as model files have them
+        label.append(label_of(own, columns))
     return Windows(np.stack(x), np.array(block), np.array(label) if columns else None)
 
 
-def judge_caches(
-    real: Sequence[str | Path],
-    generated: str | Path,
-    samples: int,
-    *,
-    by_time: bool,
-    share: float = 0.6,
-    columns: Sequence[str] = (),
-    embed: Callable[[np.ndarray], np.ndarray] | None = None,
-    network: bool = True,
-    legacy: bool = True,
-    seed: int = 0,
+def draw_windows(
+    path: str | Path, count: int, columns: Sequence[str], seed: int, nfe: int, solver: str, guidance: float
+) -> tuple:
+    """Windows of a model file, as many of each training recording, with the names of their channels: those of most recordings."""
+    net, whiten, meta = generator.load_model(path)
+    names = Counter(tuple(t["names"]) for t in meta["templates"]).most_common(1)[0][0]
+    templates = [t for t in meta["templates"] if tuple(t["names"]) == names]
+    edges = np.linspace(0, count, len(templates) + 1).round().astype(int)
+    x, label, block = [], [], []
+    for template, first, stop in zip(templates, edges[:-1], edges[1:], strict=True):
+        if first == stop:
+            continue
+        how = {"cfg": guidance, "nfe": nfe, "solver": solver}
+        w_NCT, log_N, _ = generator.draw_windows(net, whiten, meta, template, np.arange(first, stop), seed, **how)
+        x.append(generator.in_unit(whiten, template, w_NCT, log_N).astype(np.float32))
+        label += [label_of(template["columns"], columns)] * (stop - first)
+        block += [template["key"]] * (stop - first)
+    return Windows(np.concatenate(x), np.array(block), np.array(label) if columns else None), names, meta
+
+
+def judge_windows(
+    corpus: Corpus, fake: Windows, names: Sequence[str], columns: Sequence[str], by_time: bool, seed: int, **options
 ) -> tuple[dict[str, quality.Row], dict]:
     """
-    The table of a cache of generated windows, held against the held-out part of real caches, and what `write` needs for its figures.
+    The table of generated windows, held against the held-out part of a corpus, and what `write` needs for its figures.
 
-    The held-out part is the val split, joined by test where val is too small, or with `by_time` what is behind the first `share` of each recording.
+    The held-out part is val: the end of each recording by time, or the val split, joined by test where val has few blocks.
     """
-    corpus, own = (
-        Corpus(real, samples, 0, samples, by_time, share),
-        Corpus([generated], samples, 0, samples, False, share),
-    )
-    names = own.recordings[0].names
-    fake = read_windows(own, "train", names, columns, quality.MOST, seed)
     held = read_windows(corpus, "val", names, columns, 2 * quality.MOST, seed) if corpus.spans["val"] else None
     if not by_time and corpus.spans["test"] and (held is None or len(np.unique(held.block_N)) < FEWEST_BLOCKS):
         more = read_windows(corpus, "test", names, columns, 2 * quality.MOST, seed)
         held = more if held is None else joined(held, more)
     if held is None:
-        raise Unusable(
-            f"{', '.join(map(str, real))}: no held-out recordings to compare with (--hold-out time compares within recordings)"
-        )
+        raise Unusable("there are no held-out recordings to compare with; --hold-out time compares within recordings")
     train = read_windows(corpus, "train", names, columns, quality.AMONG, seed)
     cache = corpus.caches[0]
     labels = dict(labels_real=held.label_N, labels_fake=fake.label_N)
-    known = held.label_N is not None and set(held.label_N) <= set(train.label_N)  # new recordings may be of new classes
+    known = bool(columns) and set(held.label_N) <= set(train.label_N)  # new recordings may be of new classes
+    figures = dict(real_NCL=held.x_NCL, fake_NCL=fake.x_NCL, train_NCL=train.x_NCL)
+    figures |= dict(rate_hz=cache.rate_hz, block_ids=held.block_N)
     rows = quality.judge(
-        held.x_NCL, fake.x_NCL, train.x_NCL, rate_hz=cache.rate_hz, block_ids=held.block_N,
-        **(labels | {"labels_train": train.label_N} if known else {}),
-        eeg=cache.signal["kind"] == "eeg", embed=embed, network=network, legacy=legacy, seed=seed,
+        **figures, **(labels | {"labels_train": train.label_N} if known else {}),
+        eeg=cache.signal["kind"] == "eeg", seed=seed, **options,
     )  # fmt: skip
-    figures = dict(
-        real_NCL=held.x_NCL, fake_NCL=fake.x_NCL, train_NCL=train.x_NCL, rate_hz=cache.rate_hz, block_ids=held.block_N
-    )
     return rows, figures | {"unit": cache.unit} | (labels if known else {})
+
+
+def judge_run(
+    model: str | Path,
+    real: Sequence[str | Path],
+    *,
+    by_time: bool,
+    share: float = 0.6,
+    columns: Sequence[str] = (),
+    count: int = quality.MOST,
+    nfe: int = 16,
+    solver: str = "heun",
+    guidance: float = 1.0,
+    sweep: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    seed: int = 0,
+    log: Sequence[dict] = (),
+    command: str = "",
+) -> dict:
+    """
+    Judge windows of a model file against the held-out part of caches; writes metrics.json and report.html beside it.
+
+    `sweep` are numbers of evaluations that a quarter of the windows is judged at too, without networks. Returns what a command prints.
+    """
+    began, folder = time.perf_counter(), Path(model).parent
+    fake, names, meta = draw_windows(model, count, columns, seed, nfe, solver, guidance)
+    corpus = Corpus(real, meta["window"], 0, meta["window"], by_time, share)
+    rows, figures = judge_windows(corpus, fake, names, columns, by_time, seed)
+    swept = {}
+    for n in sweep:
+        some, _, _ = draw_windows(model, max(2 * quality.FEWEST, count // 4), columns, seed, n, solver, guidance)
+        swept[n], _ = judge_windows(corpus, some, names, columns, by_time, seed, network=False, legacy=False)
+    verdict = quality.gate(rows)
+    told = {"verdict": verdict, "nfe": nfe, "solver": solver, "guidance": guidance, "table": rows, "sweep": swept}
+    write_atomic(folder / "metrics.json", json_line(told).encode())
+    write(
+        folder / "report.html", f"Flow {meta['run']}", rows, **figures, sweep=swept, log=log, command=command, seed=seed
+    )
+    return {
+        "run": meta["run"], "step": meta["step"], "metrics": {name: row["value"] for name, row in rows.items()}, "verdict": verdict,
+        "windows": len(fake.x_NCL), "nfe": nfe, "solver": solver, "table": str(folder / "metrics.json"),
+        "report": str(folder / "report.html"), "seconds": round(time.perf_counter() - began, 2),
+    }  # fmt: skip
+
+
+def label_of(values: Mapping, columns: Sequence[str]) -> str:
+    """The values of columns joined with a blank; nothing where one is missing."""
+    return " ".join(str(values[name]) for name in columns) if all(name in values for name in columns) else ""
 
 
 def joined(a: Windows, b: Windows) -> Windows:

@@ -15,8 +15,10 @@ import numpy as np
 
 from lib import pipelines
 from lib.cache import Cache
+from lib.deep import load_encoder, signal_path
 from lib.errors import Unusable
 from lib.readouts import check_signal
+from lib.riemann import Riemann, learn
 from lib.scores import classification_scores
 from lib.targets import WINDOW_S, Examples, Target, read_targets
 from lib.traits import class_name
@@ -114,7 +116,7 @@ def fit(
         raise Unusable(f"--cache {opened.paths[0]}: no training recording {' '.join(where)}")
     deep = None
     if encoder:
-        deep = pipelines.load_encoder(_model(encoder), target)
+        deep = load_encoder(_model(encoder), target)
         check_signal(deep.meta, opened, encoder)
         window_s = deep.path.window / opened.rate_hz
         found = deep.decoder.targets[deep.target]
@@ -122,7 +124,7 @@ def fit(
         window_s = window_s or WINDOW_S.get(target, 2.0)
         found = read_targets(opened, [target], rows["train"], round(window_s * opened.rate_hz), after_s, event_s)[0]
     if not found.classes:
-        raise Unusable(f"--target {target} is a number; the service predicts classes (try {target}:classification)")
+        raise Unusable(f"--target {target} is a number; the service predicts classes (try {found.name}:classification)")
     stride_s = stride_s or window_s / 2
     train = read_lesson(opened, found, rows["train"], window_s, stride_s, event_s=event_s)
     val = None
@@ -134,9 +136,9 @@ def fit(
         deep = replace(deep, path=replace(deep.path, channels=train.names, step=step), **options)
     made = deep
     if pipeline != "encoder":
-        path = pipelines.signal_path(opened.signal, train.names, train.x_NCT.shape[2], step)
+        path = signal_path(opened.signal, train.names, train.x_NCT.shape[2], step)
         options |= {"transport_min": transport_min, "bands_hz": flicker_bands(found.classes, opened.signal)}
-        made = pipelines.learn(train.x_NCT, train.y_N, train.subject_N, tuple(found.classes), path, **options)
+        made = learn(train.x_NCT, train.y_N, train.subject_N, tuple(found.classes), path, **options)
     if pipeline == "hybrid":
         made = pipelines.Hybrid(made, deep)
         if val is not None:
@@ -178,7 +180,7 @@ def with_least(pipeline):
     """The pipeline content with as few windows of a subject as there are."""
     if isinstance(pipeline, pipelines.Hybrid):
         return replace(pipeline, riemann=with_least(pipeline.riemann), encoder=with_least(pipeline.encoder))
-    return replace(pipeline, **{"transport_min" if isinstance(pipeline, pipelines.Riemann) else "scale_min": 1})
+    return replace(pipeline, **{"transport_min" if isinstance(pipeline, Riemann) else "scale_min": 1})
 
 
 def _model(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.filters import Causal
 from lib.intake import Intake, Path, Window
 from lib.states import State, Table
 from lib.wire import Event, Samples, Stream
@@ -154,10 +155,10 @@ class Session:
                 yield from self._keep(window.x_CT)
 
     def _keep(self, x_CT: np.ndarray) -> Iterator[Fit]:
-        group = self.state.collect
-        self.groups.setdefault(group, deque(maxlen=self.most)).append(x_CT)
         self.counts["windows_kept"] += 1
-        if self.state.partial_fit and self.partial_every:
+        if not self.state.partial_fit:
+            self.groups.setdefault(self.state.collect, deque(maxlen=self.most)).append(x_CT)
+        elif self.partial_every:  # only until their partial fit: inference lasts for hours
             self.fresh.append(x_CT)
             if len(self.fresh) >= self.partial_every:
                 yield Fit(None, self.fresh)
@@ -239,7 +240,10 @@ def predict(model: Model, window: Window) -> Outcome:
 
 
 def warm(pipeline: Any, compile: str) -> tuple[dict, BaseException | None]:
-    """What a pipeline says of its first windows, which are noise; or what went wrong."""
+    """What a pipeline says of its first windows, which are noise; or what went wrong. Does what no stream should wait for."""
+    Causal(250.0, 250.0, (1.0, 40.0), None, 1).process(
+        np.zeros((1, 8))
+    )  # imports SciPy, compiles the filter where it must be
     try:
         return pipeline.warm(compile), None
     except Exception as error:  # noqa: BLE001 - said where the service is started

@@ -104,8 +104,8 @@ def client_tls(authority: Path | None) -> ssl.SSLContext | None:
     return context
 
 
-def listening(host: str, port: int, flag: str) -> socket.socket:
-    """A bound socket, whose connections inherit small send buffers. Raises Unusable."""
+def listening(host: str, port: int, flag: str, stall_s: float = 10.0) -> socket.socket:
+    """A bound socket, whose connections inherit its options. Raises Unusable."""
     try:
         family, kind, proto, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
@@ -114,7 +114,7 @@ def listening(host: str, port: int, flag: str) -> socket.socket:
     except OSError as error:
         raise Unusable(f"{flag} {host}:{port}: {error.strerror or error}") from None
     link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    tune(link)
+    tune(link, stall_s)
     try:
         link.bind(name)
     except OSError as error:
@@ -123,12 +123,12 @@ def listening(host: str, port: int, flag: str) -> socket.socket:
     return link
 
 
-def tune(link: socket.socket) -> None:
-    """No delay, little hidden in the kernel, and a peer that vanished is noticed within 30 s."""
+def tune(link: socket.socket, stall_s: float) -> None:
+    """No delay, little hidden in the kernel; who vanished is noticed within 30 s, and who takes nothing after `stall_s`."""
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+    options = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": round(1000 * stall_s)}
     for name, value in options.items():
         if hasattr(socket, name):  # not everywhere
             with contextlib.suppress(OSError):

@@ -161,13 +161,15 @@ def network_says(model: Network, x_NCL: np.ndarray, batch: int = 256) -> np.ndar
         return torch.cat([model(part).softmax(1) for part in x.split(batch)]).double().numpy()
 
 
-def told_by_network(a_ACL: np.ndarray, b_BCL: np.ndarray, fold_N: np.ndarray, seed: int) -> np.ndarray:
+def told_by_network(
+    a_ACL: np.ndarray, b_BCL: np.ndarray, fold_N: np.ndarray, seed: int, steps: int = 150
+) -> np.ndarray:
     """Probability (A + B,) that a window is of set b, each from a network trained on the other folds."""
     x_NCL = np.concatenate([a_ACL, b_BCL])
     y_N = np.repeat([0, 1], [len(a_ACL), len(b_BCL)])
     said_N = np.full(len(x_NCL), 0.5)
     for fold in np.unique(fold_N):
-        model = train_network(x_NCL[fold_N != fold], y_N[fold_N != fold], 2, seed + int(fold))
+        model = train_network(x_NCL[fold_N != fold], y_N[fold_N != fold], 2, seed + int(fold), steps)
         said_N[fold_N == fold] = network_says(model, x_NCL[fold_N == fold])[:, 1]
     return said_N
 

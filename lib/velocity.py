@@ -32,15 +32,15 @@ STRIDE = 5  # a stage divides the rate by this much at most
 class Shape:
     """What it takes to build a velocity network beside its encoder's Architecture; stored with its weights."""
 
-    widths: tuple[int, ...] = (24, 64)  # of the stages above the tokens, the finest first; the last one repeats
-    kernel: int = 5  # taps of a convolution
+    widths: tuple[int, ...] = (16, 48)  # of the stages above the tokens, the finest first; the last one repeats
+    kernel: int = 3  # taps of a convolution
     blocks: int = 1  # convolutions of a stage, in the stem and in the decoder
     condition: int = 64  # width of time and conditions
     look: bool = False  # whether features of the clean window are a condition
 
 
 def strides(patch: int) -> list[int]:
-    """Factors of a patch's length, one per stage, small ones first. Raises ValueError where a prime factor is over 13."""
+    """Factors of a patch's length, one per stage, large ones first: the finest stage costs most. Raises ValueError where a prime factor is over 13."""
     left, found = patch, []
     for prime in (2, 3, 5, 7, 11, 13):
         while left % prime == 0:
@@ -51,7 +51,7 @@ def strides(patch: int) -> list[int]:
                 found.append(prime)
     if left > 1:
         raise ValueError(f"a patch of {patch} samples has the factor {left}")
-    return sorted(found)
+    return sorted(found, reverse=True)
 
 
 class ConvBlock(nn.Module):

@@ -28,7 +28,7 @@ class Histogram:
 
     def percentile(self, share: float) -> float | None:
         """The duration (s) that `share` of all don't exceed: the upper edge of its bin; None of none."""
-        left = math.ceil(share * self.count)
+        left = max(1, math.ceil(share * self.count))
         for place, n in enumerate(self.bins):
             left -= n
             if left <= 0 and self.count:
@@ -126,13 +126,9 @@ def health(stats: dict, problems: list[str], stopping: bool) -> dict:
 def live_line(stats: dict) -> str:
     """A stats line for a person: windows, latency, what was lost, and the channels that look bad."""
     total, counts = stats["latency"]["total"], stats["counts"]
-    words = [f"{counts.get('predicted', 0)} predicted"]
-    words += [f"p50 {total['p50_ms']:.1f} p99 {total['p99_ms']:.1f} ms"] if total["count"] else []
-    words += [
-        f"{sum(stats['skipped'].values())} skipped",
-        f"{counts.get('shed', 0)} shed",
-        f"budget {stats['budget']:.0%}",
-    ]
+    times = f" {total['p50_ms']:.1f}/{total['p99_ms']:.1f} ms" if total["count"] else ""  # p50, p99
+    words = [f"{counts.get('predicted', 0)} windows{times}"]
+    words += [f"{sum(stats['skipped'].values())} null, {counts.get('shed', 0)} shed", f"busy {stats['budget']:.0%}"]
     for stream in stats["streams"]:
         if stream["connected"]:
             words.append(f"{stream['name']} {stream['state']}: {_bad_channels(stream['quality'])}")
@@ -143,4 +139,4 @@ def _bad_channels(quality: dict[str, dict]) -> str:
     """Which channels look bad, and why."""
     bad = [f"{name} {kind}" for name, q in quality.items() for kind in ("flat", "clipped") if q[kind]]
     bad += [f"{name} line {q['line']:.0%}" for name, q in quality.items() if q["line"] > 0.5 and not q["flat"]]
-    return ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "") or f"{len(quality)} channels good"
+    return ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "") or f"{len(quality)} good"

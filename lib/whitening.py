@@ -118,14 +118,18 @@ class Whitening:
         return int(np.argmax(np.log(self.taps_GK[:, 0].numpy()) - 0.5 * power_G))
 
     def calibrate(self, group: int, x_NCT: np.ndarray) -> None:
-        """Set the gain of a group so that signals like `x_NCT`, coloured without it, get the mean spectrum of its training signals."""
+        """
+        Set the gain of a group so that signals like `x_NCT`, coloured without it, get the mean spectrum of its training signals.
+
+        Spectra are taken inside windows, or, of windows shorter than a segment, along all of them.
+        """
         N, C, T = x_NCT.shape
-        ring_CM = torch.from_numpy(np.ascontiguousarray(x_NCT.transpose(1, 0, 2).reshape(C, N * T)))
-        if N * T < 8 * SEGMENT or not (self.power_GF[group] > 0).all():
-            return
-        power_F, wanted_F = mean_spectrum(ring_CM).mean(0), self.power_GF[group]
-        gain_F = (wanted_F / wanted_F.sum() / (power_F / power_F.sum()).clamp_min(1e-30)).sqrt()
-        self.trim_GF[group] = gain_F.clamp(1e-4, 1e2)
+        x_NCT = x_NCT if T >= SEGMENT else x_NCT.transpose(1, 0, 2)
+        rows = torch.from_numpy(np.ascontiguousarray(x_NCT)).reshape(-1, T if T >= SEGMENT else N * T)
+        if rows.shape[1] >= SEGMENT and (self.power_GF[group] > 0).all():
+            power_F, wanted_F = mean_spectrum(rows).mean(0), self.power_GF[group]
+            gain_F = (wanted_F / wanted_F.sum() / (power_F / power_F.sum()).clamp_min(1e-30)).sqrt()
+            self.trim_GF[group] = gain_F.clamp(1e-4, 1e2)
 
 
 def restore(names: Sequence[str], tensors: dict[str, torch.Tensor]) -> Whitening:

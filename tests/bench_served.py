@@ -7,8 +7,8 @@ Is what is served what was trained? The score of a pipeline on recordings replay
     python tests/bench_served.py --parts cost eyes               # what ingest costs, and what is left of blinks
 
 Each part builds a causal cache of real recordings, learns from some and serves the others: samples in chunks of random sizes through
-the intake, windows one by one through the pipeline. The same windows are read from the cache and given to the same pipeline. What may
-differ is what float16 rounds. A window counts where one event covers all of it; the subject's mean is that of its windows, unlabelled,
+the intake, windows one by one through the pipeline. The same pipeline is given the same windows of the recording filtered in one go
+(`offline`), and as the cache rounded them to float16 (`cache`). A window counts where one event covers all of it; the subject's mean is that of its windows, unlabelled,
 so that both sides know the same. Prints tables and, last, one JSON line.
 """
 
@@ -30,26 +30,31 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, only this folder is on the path
 
-from lib import eyes, pipelines, replay, served, wire
+from lib import eyes, pipelines, recordings, replay, served, wire
 from lib.cache import Cache
-from lib.channels import POSITIONS
+from lib.channels import POSITIONS, canonical
+from lib.deep import load_encoder, signal_path
+from lib.filters import Causal
 from lib.intake import Intake, Layout
 from lib.intake import Path as SignalPath
 from lib.recordings import ReadSpec
+from lib.riemann import learn
 from lib.scores import classification_scores
 from lib.sources import discover
 from lib.targets import read_targets
+from lib.traits import class_name
 from tests.bench_cache import show
 from tests.recipes import ROOT, run
 
-Part = Literal["motor", "ssvep", "xdf", "cost", "eyes"]
+Part = Literal["motor", "ssvep", "mental", "xdf", "cost", "eyes"]
 
 
 @dataclass(frozen=True)
 class Config:
     data: Path = ROOT.parent / "shared" / "data"  # real recordings
-    parts: tuple[Part, ...] = ("motor", "ssvep", "xdf", "cost", "eyes")
+    parts: tuple[Part, ...] = ("motor", "ssvep", "mental", "xdf", "cost", "eyes")
     encoder_steps: int = 0  # training steps of an encoder, for the parts that have enough subjects; 0: riemann alone
+    caches: Path | None = None  # folder in which caches are kept for the next time; none: they are not
     through: Literal["intake", "service"] = "intake"  # what the replay goes through
 
 
@@ -62,7 +67,7 @@ class Case:
     target: str
     window_s: float
     folds: tuple[tuple[str, str, str], ...]  # column, its values to learn from, its values to serve
-    half: bool = False  # learn from the first half of each recording, serve the second
+    halves: bool = False  # one session: learn from the first half of each block, serve the second
 
 
 RUNS = (("run", "03+04", "07+08"), ("run", "07+08", "03+04"))
@@ -83,12 +88,15 @@ CASES = {
         "xdf",
         ("--rate-hz", "100", "--band-hz", "4", "40", "--reference", "none"),
         "1.4,0,10,12,15+1.4,1,10,12,15+1.4,2,10,12,15",
-        2.0,
+        1.4,
         SESSION,
-        half=True,
+        halves=True,
     ),
 }
-EVENT_S = {"xdf": 5.0}  # how long markers without a duration hold
+CASES["mental"] = Case(
+    "eegmat", ("--rate-hz", "100", "--band-hz", "0.5", "45"), "task", 2.0, (("split", "train", "test"),)
+)
+EVENT_S = {"ssvep": 5.0, "xdf": 1.4}  # how long markers without a duration hold
 
 
 def compare(cfg: Config, part: Part, folder: Path) -> list[dict]:
@@ -107,19 +115,21 @@ def compare(cfg: Config, part: Part, folder: Path) -> list[dict]:
         train, test = ([i for i, v in enumerate(value) if v in some.split("+")] for some in (learned, held))
         target = read_targets(cache, [case.target], train, round(case.window_s * cache.rate_hz), 0.0, event_s)[0]
         lesson = served.read_lesson(cache, target, train, case.window_s, case.window_s / 2, event_s=event_s)
-        if case.half:
-            middle_N = np.array([cache.recordings[i].samples / 2 for i in lesson.row_N])
-            kept = lesson.start_N + lesson.x_NCT.shape[2] <= middle_N
+        if case.halves:
+            start_s_N = lesson.start_N / cache.rate_hz
+            found = {row: blocks(cache, row, target, event_s) for row in train}
+            kept = [found[r].first_half(t, t + case.window_s) for r, t in zip(lesson.row_N, start_s_N, strict=True)]
+            kept = np.array(kept)
             lesson.x_NCT, lesson.y_N, lesson.subject_N = (a[kept] for a in (lesson.x_NCT, lesson.y_N, lesson.subject_N))
         window = lesson.x_NCT.shape[2]
-        path = pipelines.signal_path(cache.signal, lesson.names, window)
+        path = signal_path(cache.signal, lesson.names, window)
         classes, bands_hz = tuple(target.classes), served.flicker_bands(target.classes, cache.signal)
-        made = [pipelines.learn(lesson.x_NCT, lesson.y_N, lesson.subject_N, classes, path, bands_hz)]
-        if cfg.encoder_steps and part == "ssvep":
+        made = [learn(lesson.x_NCT, lesson.y_N, lesson.subject_N, classes, path, bands_hz)]
+        if cfg.encoder_steps and part in ("ssvep", "mental"):
             made += with_encoder(cfg, case, cache_path, folder, made[0], lesson, held)
         for pipeline in made:
             rows.append({"part": part, "held": held, "pipeline": pipeline.name})
-            rows[-1] |= judge(cfg, pipeline, cache, target, test, sources, event_s, case.half)
+            rows[-1] |= judge(cfg, pipeline, cache, target, test, sources, event_s, case.halves)
     return rows
 
 
@@ -129,46 +139,78 @@ def with_encoder(cfg, case, cache_path, folder, riemann, lesson, held) -> list:
     if held in {r.subject for r in cache.recordings if r.split in ("train", "val")}:
         return []
     words = ["--cache", cache_path, "--target", case.target, "--window-s", case.window_s, "--steps", cfg.encoder_steps]
-    words += ["--d-model", 64, "--layers", 2, "--max-channels", 0, "--runs", folder / "runs", "--name", "served"]
+    words += [
+        "--d-model",
+        64,
+        "--layers",
+        2,
+        "--max-channels",
+        0,
+        "--event-s",
+        EVENT_S["ssvep"],
+        "--name",
+        folder / "run",
+    ]
     code, found, said = run(*words, script="train_supervised.py", timeout_s=3600)
     assert code == 0, said
-    deep = pipelines.load_encoder(Path(found["model"]), case.target)
+    deep = load_encoder(Path(found["model"]), case.target)
     deep = replace(deep, path=replace(deep.path, channels=lesson.names))
     assert deep.classes == riemann.classes
     return [deep, pipelines.Hybrid(riemann, deep)]
 
 
-def judge(cfg, pipeline, cache, target, rows, sources, event_s, half) -> dict:
+def judge(cfg, pipeline, cache, target, rows, sources, event_s, halves) -> dict:
     """Both ways of predicting the windows of recordings `rows`."""
-    said, told, truth, apart_uV = [], [], [], 0.0
+    said, told, exact, truth, apart_sd = [], [], [], [], 0.0
     for row in rows:
-        source, r = sources[cache.recordings[row].key], cache.recordings[row]
+        source = sources[cache.recordings[row].key]
         windows = [w for w in stream(source, pipeline.path) if w.valid]
         out = np.array([round(w.start * cache.rate_hz / rate_of(source)) for w in windows])
-        spans = [(e.onset_s, e.onset_s + (e.duration_s or event_s), e.label) for e in cache.events(row)]
-        label = [covering(spans, s / cache.rate_hz, (s + pipeline.path.window) / cache.rate_hz, target) for s in out]
-        kept = [i for i, c in enumerate(label) if c >= 0 and not (half and out[i] < r.samples / 2)]
+        found = blocks(cache, row, target, event_s)
+        inside = [found.covering(s / cache.rate_hz, (s + pipeline.path.window) / cache.rate_hz) for s in out]
+        kept = [
+            i
+            for i, b in enumerate(inside)
+            if b is not None and (not halves or out[i] / cache.rate_hz >= found.middle(b))
+        ]
         x_live = np.stack([windows[i].x_CT for i in kept]).astype(np.float64)
         x_kept = served.read(cache, np.full(len(kept), row), out[kept], pipeline.path.window)
-        apart_uV = max(apart_uV, float(np.abs(x_live - x_kept).max() / x_kept.std()))
+        apart_sd = max(apart_sd, float(np.abs(x_live - x_kept).max() / x_kept.std()))
         if cfg.through == "service":
             said.append(through_service(pipeline, source, [windows[i] for i in kept], x_live))
         else:
             own = served.with_least(pipeline.fit({"BACKGROUND": list(x_live)}))
             said.append(np.concatenate([own.predict_proba(x[None]) for x in x_live]))
         told.append(served.with_least(pipeline.fit({"BACKGROUND": list(x_kept)})).predict_proba(x_kept))
-        truth += [label[i] for i in kept]
-    said, told, truth = np.concatenate(said), np.concatenate(told), np.array(truth)
-    scores = [classification_scores(truth, p)["balanced_accuracy"] for p in (said, told)]
+        x_whole = at_once(source, cache, row, out[kept], pipeline.path.window)
+        exact.append(served.with_least(pipeline.fit({"BACKGROUND": list(x_whole)})).predict_proba(x_whole))
+        truth += [target.classes.index(found.spans[inside[i]][2]) for i in kept]
+    said, told, exact = (np.concatenate(p) for p in (said, told, exact))
+    scores = [classification_scores(np.array(truth), p)["balanced_accuracy"] for p in (said, exact, told)]
     return {
         "windows": len(truth),
         "classes": len(target.classes),
         "served": round(scores[0], 4),
         "offline": round(scores[1], 4),
-        "same": round(float((said.argmax(1) == told.argmax(1)).mean()), 4),
-        "apart": float(np.abs(said - told).max()),
-        "signal_apart_sd": apart_uV,
+        "apart": float(np.abs(said - exact).max()),
+        "same": float((said.argmax(1) == exact.argmax(1)).mean()),
+        "cache": round(scores[2], 4),
+        "cache_apart": float(np.abs(said - told).max()),
+        "cache_same": round(float((said.argmax(1) == told.argmax(1)).mean()), 4),
+        "cache_signal_apart_sd": apart_sd,
     }
+
+
+def at_once(source, cache: Cache, row: int, start_N: np.ndarray, samples: int) -> np.ndarray:
+    """The same windows as the builder has them before it rounds: the whole recording filtered in one go."""
+    recording, names = recordings.open_recording(source.path, source.spec), cache.recordings[row].names
+    own = [canonical(n) for n in recording.names]
+    x_CT = recording.read([own.index(n) for n in names])
+    signal, rate_hz = cache.signal, rate_of(source)
+    notch_hz = signal["notch_hz"] and tuple(signal["notch_hz"])
+    y_CT = Causal(rate_hz, cache.rate_hz, tuple(signal["band_hz"]), notch_hz, len(names)).process(x_CT)
+    y_CT = (y_CT - y_CT.mean(0) if signal["reference"] == "average" else y_CT).astype(np.float32)
+    return np.stack([y_CT[:, s : s + samples] for s in start_N]).astype(np.float64)
 
 
 def stream(source, path: SignalPath) -> list:
@@ -193,7 +235,7 @@ def rate_of(source) -> float:
     return _rates[source.key]
 
 
-def through_service(pipeline, source, windows, x_live) -> np.ndarray:
+def through_service(pipeline, source, windows: list, x_live: np.ndarray) -> np.ndarray:
     """What a running service says of these windows: it is given the session as fitted, and the recording as fast as it takes it."""
     with tempfile.TemporaryDirectory() as folder:
         pipelines.save(served.with_least(pipeline.fit({"BACKGROUND": list(x_live)})), folder)
@@ -204,26 +246,50 @@ def through_service(pipeline, source, windows, x_live) -> np.ndarray:
         service = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         address = json.loads(service.stdout.readline())["listen"]
         client = [sys.executable, "serve_realtime.py", "--action", "client", "--to", address]
-        lines = subprocess.run(client, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600).stdout
-        service.wait(60)
+        listener = subprocess.Popen(client, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        service.communicate(timeout=600)
+        listener.terminate()  # it would wait for the next service
+        lines = listener.communicate()[0]
     said = {}
     for line in map(json.loads, lines.splitlines()):
         if line.get("type") == "data" and line["prediction"] is not None:
-            said[line["window_metadata"]["start"]] = (line["prediction"], line["probability"])
-    p_NK = np.zeros((len(windows), len(pipeline.classes)))
-    for p_K, window in zip(p_NK, windows, strict=True):
-        k, p = said[window.start]
-        p_K[:] = (1 - p) / (len(p_K) - 1)
-        p_K[k] = p
-    return p_NK
+            said[line["window_metadata"]["start"]] = line["window_metadata"]["probabilities"]
+    return np.array([said[window.start] for window in windows])
 
 
-def covering(spans: list[tuple], start_s: float, stop_s: float, target) -> int:
-    """The class of the event that covers all of a window, or -1."""
-    for a, b, label in spans:
-        if label in target.classes and a - 1e-9 <= start_s and stop_s <= b + 1e-9:
-            return target.classes.index(label)
-    return -1
+@dataclass(frozen=True)
+class Blocks:
+    """Stretches of one class: events of its label that touch, in order."""
+
+    spans: list[tuple[float, float, str]]
+
+    def covering(self, start_s: float, stop_s: float) -> int | None:
+        """The block that holds all of a window."""
+        fits = (i for i, (a, b, _) in enumerate(self.spans) if a - 1e-9 <= start_s and stop_s <= b + 1e-9)
+        return next(fits, None)
+
+    def middle(self, i: int) -> float:
+        """The time that halves a block."""
+        return (self.spans[i][0] + self.spans[i][1]) / 2
+
+    def first_half(self, start_s: float, stop_s: float) -> bool:
+        """Whether a window that was learned from lies in the first half of a block."""
+        return any(a - 0.01 <= start_s and stop_s <= self.middle(i) for i, (a, _, _) in enumerate(self.spans))
+
+
+def blocks(cache: Cache, row: int, target, event_s: float) -> Blocks:
+    """The blocks of a recording; all of it, where the target is a column."""
+    if target.source == "column":
+        own = class_name(cache.column(target.labels[0])[row])
+        return Blocks([(0.0, cache.recordings[row].samples / cache.rate_hz, own)])
+    spans: list[tuple[float, float, str]] = []
+    for e in cache.events(row):
+        stop_s = e.onset_s + (e.duration_s or event_s)
+        if e.label in target.classes and spans and spans[-1][2] == e.label and e.onset_s <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], stop_s, e.label)
+        elif e.label in target.classes:
+            spans.append((e.onset_s, stop_s, e.label))
+    return Blocks(spans)
 
 
 # ----------------------------------------------------------------------------
@@ -336,7 +402,7 @@ def main(cfg: Config) -> dict:
             elif part == "eyes":
                 results[part] = blinks(cfg)
             else:
-                results[part] = compare(cfg, part, Path(folder))
+                results[part] = compare(cfg, part, cfg.caches or Path(folder))
             columns = list(dict.fromkeys(k for row in results[part] for k in row))
             show(part, columns, [[row.get(c, "") for c in columns] for row in results[part]])
     return results

@@ -70,7 +70,7 @@ def main(name: str, kind: str, source_id: str, rate_hz: str, unit: str, *names: 
         elif word == "mark":
             outlet.push_sample([" ".join(rest[1:]).strip()], float(rest[0]))
         elif word == "consumers":
-            outlet.wait_for_consumers(30)
+            assert outlet.wait_for_consumers(300)
         print(pylsl.local_clock(), flush=True)
 
 

@@ -1,5 +1,6 @@
 """The other end of a producer's connection: checks every frame as the service does, keeps what came, answers pings."""
 
+import contextlib
 import socket
 import threading
 
@@ -27,8 +28,9 @@ class Peer:
 
     def drop(self) -> None:
         """Cut all connections off."""
-        for link in self._links:
-            link.shutdown(socket.SHUT_RDWR)
+        while self._links:
+            with contextlib.suppress(OSError):  # gone by itself
+                self._links.pop().shutdown(socket.SHUT_RDWR)
 
     def chunks(self) -> list[wire.Samples]:
         """What came of samples."""

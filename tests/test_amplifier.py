@@ -31,7 +31,7 @@ def power(x_T: np.ndarray, low_hz: float, high_hz: float) -> float:
 
 
 def test_the_signal_depends_on_the_seed_and_not_on_the_chunks():
-    x_TC, events, _ = samples(12, 10)
+    x_TC, events, _ = samples(8, 10)
     for chunk in (1, 7, 4000):
         other_TC, same, _ = samples(12, chunk)
         np.testing.assert_array_equal(other_TC[: len(x_TC)], x_TC[: len(other_TC)])
@@ -40,7 +40,7 @@ def test_the_signal_depends_on_the_seed_and_not_on_the_chunks():
 
 
 def test_the_script_comes_first_then_the_cycle():
-    _, events, _ = samples(80, 10)
+    _, events, _ = samples(80, 50)
     codes, lengths = [e.code for e in events], np.diff([e.seq for e in events]) / 250
     steps = [*SCRIPT, *CYCLE, *CYCLE, *CYCLE]
     assert codes == [code for _, code, _ in steps][: len(codes)] and len(codes) > len(SCRIPT) + 4

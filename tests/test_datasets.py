@@ -554,6 +554,19 @@ def test_formats(real):
     assert "仰卧" in [e.label for e in cache.events(row_of(cache, "test_utf8_annotations.edf"))]
 
 
+def test_a_recording_that_is_in_two_splits_under_two_names_is_counted(tmp_path):
+    for s in range(3):
+        x_T = np.random.default_rng(min(s, 1)).standard_normal(4096).astype(np.float32)
+        np.save(tmp_path / f"m{s}.npy", x_T)
+    rule = 'name = "m"\nkind = "vibration"\npattern = \'(?P<subject>m\\d)\\.npy\'\nrate_hz = 1000\nunit = "g"\n[split]\ntrain = ["m1"]\ntest = ["m2"]\n'
+    (tmp_path / "dataset.toml").write_text(rule)
+    assert build(tmp_path, tmp_path / "c")["notes"]["the same signal is in several splits"] == 1
+    (tmp_path / "dataset.toml").write_text(
+        rule.replace('test = ["m2"]', 'test = ["m0"]').replace('["m1"]', '["m1", "m2"]')
+    )
+    assert "the same signal is in several splits" not in build(tmp_path, tmp_path / "c")["notes"]
+
+
 def test_cwru_by_fault_size(data_dir, tmp_path):
     build(data_dir / "cwru", tmp_path / "cwru", dataset=(RULES / "cwru_sizes.toml",), rate_hz=12_000.0)
     cache = Cache(tmp_path / "cwru")

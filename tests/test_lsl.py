@@ -1,5 +1,6 @@
 """The LSL bridge: stamps to sample numbers on a simulated clock, and real outlets on this machine, killed and restarted."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import lsl, wire
+from lib import consumer, lsl, wire
 from lib.errors import Unusable
 from tests.outlet import Outlet
 from tests.peer import Peer
@@ -41,7 +42,7 @@ def sizes(rng, most: int = 20):
         yield int(rng.integers(1, most))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 2**32), st.sampled_from([0.0, 1e-4, 2e-3, 8e-3]), st.floats(-1e-3, 1e-3), st.sampled_from([100.0, 250.0, 1000.0]),
     st.lists(st.integers(50, 5000), max_size=3),
@@ -206,19 +207,66 @@ def test_an_outlet_that_is_killed_and_restarted_leaves_a_gap_and_its_markers_fin
 
 
 @needs_pylsl
-def test_streams_that_cannot_be_served_are_named():
+def test_of_streams_with_one_name_the_source_id_chooses():
     with Peer() as peer:
-        one, two = (Outlet("berger-test-twin", "EEG", f"twin-{i}", RATE_HZ, CHANNELS) for i in range(2))
-        odd = Outlet("berger-test-odd", "EEG", "odd", 0.0, CHANNELS)
+        outlets = [Outlet("berger-test-twin", "EEG", f"twin-{i}", RATE_HZ, CHANNELS) for i in range(2)]
         try:
-            for name, words in (("berger-test-twin", "name one by its source id"), ("odd", "nominal rate")):
-                with Running(peer.address, name, "none") as bridge:
-                    bridge.until(words)
+            with Running(peer.address, "berger-test-twin", "none") as bridge:
+                bridge.until("name one by its source id")
             with Running(peer.address, "twin-1", "none"):
                 assert peer.until(lambda p: p.hellos)[0].stream.name == "berger-test-twin"
         finally:
-            for outlet in (one, two, odd):
+            for outlet in outlets:
                 outlet.kill()
+
+
+@needs_pylsl
+@pytest.mark.slow
+def test_the_service_says_which_windows_a_restarted_outlet_spoilt():
+    name, reasons, news = "berger-test-served", [], threading.Condition()
+    words = [
+        sys.executable,
+        "serve_realtime.py",
+        "--listen",
+        "127.0.0.1:0",
+        "--lsl",
+        name,
+        "--start",
+        "INFERENCE",
+        "--sync",
+    ]
+
+    def read(line: str) -> None:
+        message = json.loads(line)
+        if message["type"] == "data":
+            with news:
+                reasons.append(message["skip_reason"].partition(":")[0])
+                news.notify()
+
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as service:
+        host, port = json.loads(service.stdout.readline())["listen"].split(":")
+        reader = threading.Thread(
+            target=consumer.run, args=((host, int(port)),), kwargs={"lines": 15, "write": read}, daemon=True
+        )
+        reader.start()
+        outlet = Outlet(name, "EEG", "berger-test-3", RATE_HZ, CHANNELS)
+        t0 = outlet.clock()
+        try:
+            for first, windows in ((0, 7), (1500, 14)):
+                outlet.line("consumers")
+                for i in range(first, first + 1000, 50):
+                    outlet.push(i, 50, t0 + (i + 49) / RATE_HZ)
+                with news:
+                    assert news.wait_for(lambda windows=windows: len(reasons) == windows, 300), reasons
+                outlet.kill()
+                outlet = Outlet(name, "EEG", "berger-test-3", RATE_HZ, CHANNELS)
+            # windows of 250 samples every 125; the filter settles for 400
+            assert reasons == [*["settling"] * 4, *["not_ready"] * 3, *["gap"] * 4, *["not_ready"] * 3]
+        finally:
+            outlet.kill()
+            service.terminate()
+            assert service.wait(300) == 0
+    reader.join(300)
 
 
 def test_without_pylsl_the_mend_is_named(monkeypatch):

@@ -23,11 +23,14 @@ from sklearn.svm import SVC
 from lib import pipelines, spd
 from lib.arrays import load_arrays, save_arrays
 from lib.channels import TEN_TWENTY
+from lib.deep import Encoder, load_encoder
 from lib.errors import Unusable
+from lib.eyes import fit_groups
 from lib.intake import Path, Window
 from lib.models import Architecture, build_encoder
-from lib.pipelines import Encoder, Hybrid, NotReady, Riemann
+from lib.pipelines import Hybrid
 from lib.readouts import Decoder, Reading, load_model, save_model
+from lib.riemann import NotReady, Riemann, learn, to_calibrate_on
 from lib.targets import Target
 from tests.recipes import ROOT
 
@@ -52,7 +55,7 @@ def lesson(subjects: int = 4, count: int = 30, classes: int = 2) -> tuple[np.nda
 
 @pytest.fixture(scope="module", params=[2, 3])
 def riemann(request) -> Riemann:
-    return pipelines.learn(*lesson(classes=request.param), ("left", "right", "feet")[: request.param], PATH)
+    return learn(*lesson(classes=request.param), ("left", "right", "feet")[: request.param], PATH)
 
 
 # ----------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def test_the_chain_is_what_pyriemann_and_scikit_learn_say(riemann):
     move = [spd.transport(m, whole_CC) for m in means]
     moved_NCC = np.stack([move[s] @ c @ move[s].T for s, c in zip(subject_N, c_NCC, strict=True)])
     features_NF = CSP(nfilter=6, log=True).fit(moved_NCC, y_N).transform(moved_NCC)
-    folds = pipelines._folds(y_N, subject_N, classes)
+    folds = to_calibrate_on(y_N, subject_N, classes)
     machine = CalibratedClassifierCV(SVC(class_weight="balanced"), cv=folds, ensemble=False)
     theirs = make_pipeline(StandardScaler(), OneVsRestClassifier(machine) if classes > 2 else machine)
     theirs_NK = theirs.fit(features_NF, y_N).predict_proba(features_NF)
@@ -146,7 +149,7 @@ def test_volts_change_nothing(riemann):
 
 
 def test_eyes_are_fitted_first_and_make_an_older_mean_void():
-    made = replace(pipelines.learn(*lesson(), ("a", "b"), PATH), remove_eyes=True)
+    made = replace(learn(*lesson(), ("a", "b"), PATH), remove_eyes=True)
     x_NCT, _ = windows(20, 3)
     t = np.arange(100) / 100
     moving = x_NCT + 2000 * np.outer([1, 0.8, 0.3, 0.2, 0.1, 0], np.exp(-0.5 * ((t - 0.25) / 0.05) ** 2))
@@ -192,7 +195,7 @@ def said_by(file, x_NCT: np.ndarray, target: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["mean", "attention", "prelocal", "contextual"])
 def test_an_encoder_says_what_its_model_says(tmp_path, kind):
     file = model_file(tmp_path, readout=kind)
-    made = pipelines.load_encoder(file, "task")
+    made = load_encoder(file, "task")
     assert made.path == replace(PATH, channels=NAMES) and made.classes == ("a", "b", "c")
     x_NCT, _ = windows(8, 1)
     with pytest.raises(NotReady, match="scale of the channels has 0 of 10"):
@@ -210,7 +213,7 @@ def test_an_encoder_says_what_its_model_says(tmp_path, kind):
 
 
 def test_its_scale_is_learned_at_rest_or_from_the_first_windows(tmp_path):
-    made = pipelines.load_encoder(model_file(tmp_path), "task")
+    made = load_encoder(model_file(tmp_path), "task")
     x_NCT, _ = windows(40, 2)
     rest = made.fit({"BACKGROUND": x_NCT})
     flat_CT = x_NCT.transpose(1, 0, 2).reshape(6, -1)
@@ -222,7 +225,7 @@ def test_its_scale_is_learned_at_rest_or_from_the_first_windows(tmp_path):
     assert first.ready == "the scale of the channels has 4 of 10 subject windows"
     first = first.partial_fit(x_NCT[4:])
     assert first.ready is None and np.abs(first.scale_C / rest.scale_C - 1).max() < 0.1
-    none = pipelines.load_encoder(model_file(tmp_path / "none", scale="none"), "task")
+    none = load_encoder(model_file(tmp_path / "none", scale="none"), "task")
     assert none.ready is None
     np.testing.assert_allclose(
         none.predict_proba(x_NCT[:3]), said_by(tmp_path / "none" / "model.safetensors", x_NCT[:3]), atol=1e-6
@@ -232,12 +235,12 @@ def test_its_scale_is_learned_at_rest_or_from_the_first_windows(tmp_path):
 def test_channels_that_are_zero_are_masked_but_not_the_reference(tmp_path):
     x_NCT, _ = windows(3, 2)
     x_NCT[:, 4] = 0
-    plain = pipelines.load_encoder(model_file(tmp_path / "a", scale="none"), "task")
+    plain = load_encoder(model_file(tmp_path / "a", scale="none"), "task")
     assert plain.signal(x_NCT)[1].tolist() == [[True] * 4 + [False, True]] * 3
-    few = pipelines.load_encoder(model_file(tmp_path / "b", scale="none"), "task")
+    few = load_encoder(model_file(tmp_path / "b", scale="none"), "task")
     few = pipelines.with_path(few, replace(few.path, channels=tuple(n for n in NAMES if n != "Fz")))
     np.testing.assert_allclose(plain.predict_proba(x_NCT), few.predict_proba(np.delete(x_NCT, 4, 1)), atol=1e-5)
-    fz = pipelines.load_encoder(model_file(tmp_path / "c", scale="none", reference="Fz"), "task")
+    fz = load_encoder(model_file(tmp_path / "c", scale="none", reference="Fz"), "task")
     assert fz.signal(x_NCT)[1] is None
 
 
@@ -253,10 +256,10 @@ def test_channels_that_are_zero_are_masked_but_not_the_reference(tmp_path):
 def test_a_model_the_service_can_not_serve_is_refused(tmp_path, options, target, words):
     file = model_file(tmp_path, **options)
     with pytest.raises(Unusable) as refused:
-        pipelines.load_encoder(file, target)
+        load_encoder(file, target)
     assert all(word in str(refused.value) for word in words)
     if "causal" in options:
-        assert isinstance(pipelines.load_encoder(file, target, acausal=True), Encoder)
+        assert isinstance(load_encoder(file, target, acausal=True), Encoder)
 
 
 # ----------------------------------------------------------------------------
@@ -264,8 +267,8 @@ def test_a_model_the_service_can_not_serve_is_refused(tmp_path, options, target,
 
 
 def make_hybrid(folder) -> Hybrid:
-    deep = pipelines.load_encoder(model_file(folder), "task")
-    made = pipelines.learn(*lesson(classes=3), ("a", "b", "c"), deep.path, remove_eyes=False)
+    deep = load_encoder(model_file(folder), "task")
+    made = learn(*lesson(classes=3), ("a", "b", "c"), deep.path, remove_eyes=False)
     return Hybrid(made, deep, (1.5, 0.8), 0.3)
 
 
@@ -298,9 +301,7 @@ def test_a_session_survives_its_file_bit_for_bit(tmp_path):
     x_NCT, _ = windows(30, 5, 3)
     made = make_hybrid(tmp_path / "model")
     made = pipelines.with_path(made, replace(made.path, bad=("Fp1",), step=25))
-    found = pipelines.eyes_of(
-        {"EYE_MOVEMENT": x_NCT * np.array([9, 1, 1, 1, 1, 1])[:, None], "BACKGROUND": x_NCT}, PATH, None
-    )
+    found = fit_groups({"EYE_MOVEMENT": x_NCT * np.array([9, 1, 1, 1, 1, 1])[:, None], "BACKGROUND": x_NCT}, PATH, None)
     assert found is not None
     session = Hybrid(
         replace(made.riemann, eyes=found).fit({"BACKGROUND": x_NCT}),
@@ -320,7 +321,7 @@ def test_a_session_survives_its_file_bit_for_bit(tmp_path):
 
 
 def test_damaged_foreign_or_incomplete_files_are_refused_in_one_line(tmp_path):
-    made = pipelines.learn(*lesson(), ("a", "b"), PATH)
+    made = learn(*lesson(), ("a", "b"), PATH)
     pipelines.save(made, tmp_path / "good")
     file = tmp_path / "good" / "pipeline.safetensors"
     data, (arrays, meta) = file.read_bytes(), load_arrays(file)
@@ -359,7 +360,7 @@ def test_damaged_foreign_or_incomplete_files_are_refused_in_one_line(tmp_path):
 
 
 def test_serving_riemann_imports_no_torch_and_reads_a_training_run_for_encoders(tmp_path):
-    made = pipelines.learn(*lesson(), ("a", "b"), PATH).partial_fit(windows(12, 1)[0])
+    made = learn(*lesson(), ("a", "b"), PATH).partial_fit(windows(12, 1)[0])
     pipelines.save(made, tmp_path)
     program = (
         "import sys, numpy as np; from lib import pipelines; p = pipelines.load(sys.argv[1]); p.warm();"

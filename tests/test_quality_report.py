@@ -6,10 +6,10 @@ import subprocess
 import numpy as np
 import pytest
 
+import build_cache
 from lib import quality_report, surrogates
-from lib.generated import write_generated
-from tests.recipes import run
-from tests.test_quality import RATE_HZ, L, machine
+from lib.corpus import Corpus
+from tests.test_quality import L, machine
 from tests.test_report import Page
 
 RULE = """name = "machine"
@@ -21,38 +21,30 @@ unit = "g"
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory):
-    """Eight recordings of two faults as a cache, and surrogates of their windows as a generated one."""
+def world(tmp_path_factory):
+    """A cache of eight recordings of two faults, and surrogates of their windows as the generated ones."""
     folder = tmp_path_factory.mktemp("machine")
-    x_NCL, _, block_N = machine(8, 100)
+    x_NCL, _, block_N = machine(8, 80)
     for r in range(8):
         np.save(folder / f"{'ab'[r % 2]}{r}.npy", x_NCL[block_N == r].ravel().astype(np.float32))
     (folder / "dataset.toml").write_text(RULE)
-    status, found, words = run("--source", folder, "--cache", folder / "cache", "--workers", 1)
-    assert status == 0 and found["recordings"] == 8, words
-    template = {
-        "signal": {"recipe": 3, "kind": "vibration", "rate_hz": RATE_HZ, "band_hz": None, "notch_hz": None, "reference": "none",
-                   "channels": "all", "missing": "reject", "scale": "robust", "causal": False, "engine": "fft", "min_seconds": 0.05, "dtype": "float16"},
-        "unit": "g", "dataset": "machine", "positions": [None], "names": ["vibration"],
-    }  # fmt: skip
-    pairs = []
-    for r in range(8):
-        fake_NCL = surrogates.phase_randomised(x_NCL[block_N == r][:50], np.random.default_rng(r))
-        pairs.append((template | {"key": f"k{r}", "subject": f"s{r}", "columns": {"fault": "ab"[r % 2]}}, fake_NCL))
-    from lib.cache import Cache
+    build_cache.build(build_cache.Config(source=(folder,), cache=folder / "cache", workers=1))
+    fake_NCL = surrogates.phase_randomised(x_NCL[::4], np.random.default_rng(0))
+    fake = quality_report.Windows(fake_NCL, block_N[::4], np.array(["ab"[r % 2] for r in block_N[::4]]))
+    return folder / "cache", fake
 
-    names = Cache(folder / "cache").recordings[0].names
-    pairs = [(template | {"names": list(names)}, fake) for template, fake in pairs]
-    write_generated(folder / "generated", pairs, "a flow", "made in a test")
-    return folder / "cache", folder / "generated"
+
+def judge(world, by_time: bool, columns: tuple[str, ...]):
+    corpus = Corpus([world[0]], L, 0, L, by_time, 0.6)
+    names = corpus.recordings[0].names
+    return quality_report.judge_windows(corpus, world[1], names, columns, by_time, 0, network=False, legacy=False)
 
 
 @pytest.fixture(scope="module")
-def page(caches, tmp_path_factory):
-    options = {"columns": ("fault",), "network": False, "legacy": False}
-    rows, figures = quality_report.judge_caches([caches[0]], caches[1], L, by_time=True, **options)
+def page(world, tmp_path_factory):
+    rows, figures = judge(world, True, ("fault",))
     assert rows["class_accuracy"]["floor_iid"] > 0.9 and abs(rows["envelope_db"]["skill"]) < 0.5
-    assert set(figures["labels_fake"]) == {"a", "b"} and figures["unit"] == "g"
+    assert set(figures["labels_real"]) == {"a", "b"} and figures["unit"] == "g"
     anomalies = {"5-NN": dict.fromkeys(("auroc", "low", "high", "gain", "gain_low", "gain_high", "error"), 0.5)}
     log = [{"step": i, "loss": 2 / (i + 1), "val_loss": 1.0, "lr": 0.1, "grad_norm": 1.0} for i in range(4)]
     path = tmp_path_factory.mktemp("page") / "report.html"
@@ -86,6 +78,6 @@ def test_a_real_browser_shows_it(page, tmp_path):
     assert done.returncode == 0 and "<h2>Verdict</h2>" in done.stdout and done.stdout.count("<img") == 5
 
 
-def test_new_recordings_are_their_own_floor(caches):
-    rows, _ = quality_report.judge_caches([caches[0]], caches[1], L, by_time=False, network=False, legacy=False)
+def test_new_recordings_are_their_own_floor(world):
+    rows, _ = judge(world, False, ())
     assert "floor_block" in rows["log_psd_db"] and "class_accuracy" not in rows

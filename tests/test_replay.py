@@ -1,18 +1,24 @@
 """Producers: what a recording or a recorded session sends, sample by sample; pace, acknowledgement, refusals, broken connections."""
 
+import asyncio
+import contextlib
+import dataclasses
 import itertools
 import json
+import shutil
 import socket
+import subprocess
 import threading
 
 import numpy as np
 import pytest
 
-from lib import consumer, recordings, replay, wire
+from lib import amplifier, consumer, recordings, replay, wire
 from lib.errors import Failed, Unusable
 from lib.producer import Lost, Pace, Producer, reaching
 from lib.recorder import Recorder
 from tests.peer import Peer
+from tests.service import PATH, Power, serving
 
 STREAM = wire.Stream("amp", ("Fz", "Cz", "Pz"), 250.0)
 
@@ -241,3 +247,78 @@ def test_the_client_can_be_called_by_the_service():
             link.sendall(line)
     thread.join(10)
     assert [json.loads(line)["type"] for line in printed] == ["handshake", "data"]
+
+
+@contextlib.contextmanager
+def running(**flags):
+    """The real service on an event loop in another thread."""
+    box, ready = [], threading.Event()
+
+    async def serve():
+        stop = asyncio.Event()
+        pipeline = Power(dataclasses.replace(PATH, step=125))
+        async with serving(pipeline, **flags) as service:
+            box.extend((service, lambda: service.loop.call_soon_threadsafe(stop.set)))
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    assert ready.wait(300)
+    try:
+        yield box[0]
+    finally:
+        box[1]()
+        thread.join(300)
+
+
+def test_the_service_takes_what_is_sent_as_fast_as_acknowledged_and_sheds_nothing(gappy):
+    with running() as service:
+        for framing in ("binary", "ndjson"):
+            totals = replay.run(gappy[0], service.address, 0.0, f"one {framing}", framing)
+            assert totals["samples"] == 1800
+            counts = service.lanes[f"one {framing}"].session.counts
+            assert counts["windows"] == (600 - 50) // 125 + 1 + (1200 - 50) // 125 + 1 and counts["events_ignored"] == 2
+        assert not service.vitals.counts["shed"] and service.vitals.counts["samples"] == 3600
+        assert service.vitals.closed == {"done": 2}
+        with Producer(service.address, wire.Stream("one binary", ("C3",), 250.0)) as producer:
+            with pytest.raises(Lost, match="name_in_use"):
+                Producer(service.address, producer.stream)
+        with pytest.raises(Unusable, match="mismatch"):
+            Producer(service.address, wire.Stream("two", ("nothing", "known"), 250.0, "parsec"))
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+def test_sources_and_client_speak_tls_with_a_token(tmp_path, monkeypatch):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    cert, key, token = tmp_path / "cert.pem", tmp_path / "key.pem", "secret of many words"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -addext".split()
+    words += ["subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
+    subprocess.run(["openssl", *words], check=True, capture_output=True)
+    monkeypatch.setenv("BERGER_TOKEN", token)
+    with running(tls_cert=cert, tls_key=key) as service:
+        printed = []
+        arguments = (service.address, token, cert, 6, False, printed.append)
+        client = threading.Thread(target=consumer.run, args=arguments, daemon=True)
+        client.start()
+        while not service.outboxes:
+            threading.Event().wait(0.01)
+        with Producer(service.address, wire.Stream("amp", ("C3", "C4"), 250.0), token, cert) as producer:
+            for seq in range(0, 550, 50):
+                producer.samples(seq, seq / 250, np.random.default_rng(seq).standard_normal((50, 2)))
+                producer.ack()
+        client.join(300)
+        totals = amplifier.run(service.address, seconds=2.2, speed=0.0, token=token, tls=cert)
+        assert totals["samples"] == 550 and service.vitals.counts["samples"] == 1100
+        kinds = [json.loads(line)["type"] for line in printed]
+        assert kinds == ["handshake", *["data"] * 5]
+        for bad, words in ((None, "unauthorised"), ("guess", "unauthorised")):
+            with pytest.raises(Unusable, match=words):
+                amplifier.run(service.address, seconds=1.0, speed=0.0, token=bad, tls=cert)
+        with pytest.raises(Unusable, match="unauthorised"):
+            consumer.run(service.address, "guess", cert)
+        with pytest.raises((Unusable, Failed)):
+            amplifier.run(service.address, seconds=1.0, speed=0.0, token=token)  # plain TCP
+        with pytest.raises(Unusable, match="--tls-ca"):
+            amplifier.run(service.address, seconds=1.0, speed=0.0, token=token, tls=tmp_path / "none.pem")

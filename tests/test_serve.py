@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -792,6 +794,33 @@ def test_the_log_file_is_json_and_rotated(tmp_path, monkeypatch):
         journal.start("info", tmp_path / "none" / "log.jsonl")
 
 
+class Terminal(io.StringIO):
+    """A terminal that remembers."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@served
+async def test_a_terminal_has_a_live_line_that_log_lines_wipe(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
+    journal.start("info", None)
+    try:
+        async with serving(limits=PATIENT) as service:
+            amp = await producer(service)
+            await send(amp, LOUD[:100])
+            await amp.pong()
+            began_s = time.monotonic()
+            while "amp INFERENCE: 6 good" not in sys.stderr.getvalue() and time.monotonic() - began_s < PATIENCE_S:
+                await asyncio.sleep(0.02)
+        shown = sys.stderr.getvalue().split("\r\x1b[K")
+    finally:
+        journal.stop()
+    assert "INFO stream amp: 6 channels at 250 Hz\n" in shown[1]
+    assert any("windows" in line and "ms |" in line for line in shown)
+
+
 def start(*flags: str, **variables: str) -> tuple[subprocess.Popen, dict]:
     """The command, and its ready line."""
     words = [sys.executable, str(ROOT / "serve_realtime.py"), "--listen", "127.0.0.1:0", *flags]
@@ -823,7 +852,7 @@ def test_a_signal_stops_it_cleanly_with_the_totals_last(number, status, tmp_path
     (["--listen", "nowhere"], "--listen"),
     (["--states", "none.toml"], "none.toml"),
     (["--start", "SLEEP"], "--start SLEEP"),
-    (["--models", "none"], "none"),
+    (["--models", "nowhere"], "nowhere"),
     (["--step", "0"], "--step 0"),
     (["--token-file", "none.txt"], "none.txt"),
     (["--action", "fit"], "--cache"),

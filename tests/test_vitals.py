@@ -63,4 +63,4 @@ def test_the_live_line_names_the_channels_that_look_bad():
     stream = {"name": "amp", "state": "INFERENCE", "connected": True, "quality": quality}
     line = live_line(stats(streams=[stream]))
     assert "amp INFERENCE: C3 flat, C4 clipped, O1 line 90%" in line and "\n" not in line
-    assert "1 channels good" in live_line(stats(streams=[stream | {"quality": {"Fz": fine}}]))
+    assert ": 1 good" in live_line(stats(streams=[stream | {"quality": {"Fz": fine}}]))

@@ -1,0 +1,138 @@
+"""
+A trained flow as one file, and windows from it.
+
+Beside network and filters the file remembers, for each training recording or an even choice of them, a template: montage, scales, filter
+group and conditions, but no sample of the signal, and subjects as hashes only. A generated window is modelled on a template: its level is
+drawn from those of the template's group, its content from the network, and its spectrum and unit are the template's.
+
+Shape letters: N windows, C channels, T samples, F conditions.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lib import flow
+from lib.corpus import Corpus, even
+from lib.errors import Unusable
+from lib.lineage import digest
+from lib.masks import uniform
+from lib.tensors import load_tensors, save_tensors
+from lib.velocity import Velocity, describe, rebuild
+from lib.whitening import SEGMENT, Whitening, restore
+
+FORMAT, VERSION = "berger-flow", 1
+MOST_TEMPLATES = 512
+CALIBRATION = (
+    2**30
+)  # number of the first window that the gain per frequency is measured on; none of them is used for anything else
+
+
+def templates(corpus: Corpus, group_R: np.ndarray, code_RF: torch.Tensor, columns: list[str]) -> list[dict]:
+    """What generated windows take from training recordings; `columns` of the caches go with them."""
+    found = []
+    for i in even(corpus.rows("train"), MOST_TEMPLATES):
+        recording, cache, row = corpus.recordings[i], corpus.caches[corpus.cache_R[i]], int(corpus.row_R[i])
+        batch = cache.read([row], [recording.segments[0][0]], 1)
+        keep = np.flatnonzero(batch.mask_BC[0].numpy())
+        places = batch.positions_BC3[0].double().tolist()
+        scale_C, offset_C = cache.scales(row)
+        values = {name: cache.column(name)[row] for name in columns}
+        values = {
+            name: digest(str(v)) if name == "subject" else v for name, v in values.items() if v is not None and v == v
+        }
+        found.append({
+            "key": digest(recording.key), "dataset": recording.dataset, "subject": digest(recording.subject), "columns": values,
+            "signal": cache.signal, "unit": cache.unit, "group": int(group_R[i]),
+            "code": [None if v != v else v for v in code_RF[i].tolist()],
+            "names": [recording.names[c] for c in keep],
+            "positions": [None if places[c][0] != places[c][0] else places[c] for c in keep],
+            "scale": scale_C[keep].tolist(), "offset": offset_C[keep].tolist(),
+        })  # fmt: skip
+    return found
+
+
+def save_model(path: Path, net: Velocity, whiten: Whitening, meta: dict) -> None:
+    """Write a network with its filters; `meta` has `predict`, `window`, `level`, `templates`, `run`, `step` and lineage."""
+    tensors = {f"net.{k}": t for k, t in net.state_dict().items()}
+    tensors |= {f"whiten.{k}": t for k, t in whiten.tensors().items()}
+    own = {"format": FORMAT, "version": VERSION, "groups": whiten.names, **describe(net)}
+    save_tensors(path, tensors, own | meta)
+
+
+def load_model(path: str | Path) -> tuple[Velocity, Whitening, dict]:
+    """A network (on the CPU, in evaluation mode), its filters, and the file's metadata. Raises Unusable."""
+    tensors, meta = load_tensors(path)
+    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    net = rebuild(meta)
+    net.load_state_dict({k.removeprefix("net."): t for k, t in tensors.items() if k.startswith("net.")})
+    own = {k.removeprefix("whiten."): t for k, t in tensors.items() if k.startswith("whiten.")}
+    return net.eval().requires_grad_(False), restore(meta["groups"], own), meta
+
+
+def fitting(net: Velocity, meta: dict, given: dict[str, float]) -> list[dict]:
+    """The templates that have the given conditions; all of them, given what nobody had."""
+    place = {c.name: f for f, c in enumerate(net.given.conditions)}
+
+    def fits(template: dict) -> bool:
+        own = ((template["code"][place[name]], code) for name, code in given.items())
+        return all(v is not None and abs(v - code) < 1e-4 for v, code in own)
+
+    return [t for t in meta["templates"] if fits(t)] or meta["templates"]
+
+
+def draw_windows(
+    net: Velocity,
+    whiten: Whitening,
+    meta: dict,
+    template: dict,
+    index_N: np.ndarray,
+    seed: int,
+    given: dict[str, float] | None = None,
+    unconditional: bool = False,
+    cfg: float = 1.0,
+    nfe: int = 16,
+    solver: str = "heun",
+) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
+    """
+    White windows (N, C, T) modelled on a template, their log RMS (N, None if the model has no levels), and their codes (N, F).
+
+    Each is a function of (seed, its number). `given` replaces conditions of the template; without any, only the level is left.
+    """
+    log_N, deviate_N = whiten.draw_levels(uniform(seed, 0, index_N, 1, "flow level")[:, 0], template["group"])
+    code_F = torch.tensor([math.nan if v is None else v for v in template["code"]], dtype=torch.float32)
+    code_NF = code_F.repeat(len(index_N), 1)
+    for f, condition in enumerate(net.given.conditions):
+        if condition.name in (given or {}):
+            code_NF[:, f] = given[condition.name]
+    if unconditional:
+        code_NF[:] = math.nan
+    code_NF[:, -1] = deviate_N if meta["level"] else math.nan
+    how = (positions_of(template), meta["window"], meta["predict"], cfg, nfe, solver, seed)
+    return flow.sample(net, code_NF, *how, first=int(index_N[0])), log_N if meta["level"] else None, code_NF
+
+
+def positions_of(template: dict) -> torch.Tensor:
+    """Places (C, 3) of a template's channels; NaN where unknown."""
+    return torch.tensor([p or [math.nan] * 3 for p in template["positions"]], dtype=torch.float32)
+
+
+def in_unit(whiten: Whitening, template: dict, w_NCT: torch.Tensor, log_N: np.ndarray | None) -> np.ndarray:
+    """White windows with the template's spectrum, in its unit (uV, g), float64 (N, C, T)."""
+    scale_C1, offset_C1 = (np.array(template[name])[:, None] for name in ("scale", "offset"))
+    return whiten.colour(w_NCT, template["group"], log_N) * scale_C1 + offset_C1
+
+
+def calibrate(net: Velocity, whiten: Whitening, meta: dict, windows: int, seed: int, nfe: int, solver: str) -> None:
+    """Measure, group by group, what the mean spectrum of about so many samples lacks, and let `whiten` mend it from now on."""
+    groups = {t["group"]: t for t in meta["templates"]}
+    each = max(8, windows // len(groups))
+    for k, (group, template) in enumerate(tqdm(groups.items(), desc="calibrating", unit="filter", dynamic_ncols=True)):
+        index_N = CALIBRATION + k * each + np.arange(each)
+        w_NCT, log_N, _ = draw_windows(net, whiten, meta, template, index_N, seed, nfe=nfe, solver=solver)
+        apart = meta["window"] >= SEGMENT  # shorter windows are measured end to end: their levels would jump in between
+        whiten.calibrate(group, whiten.colour(w_NCT, group, log_N if apart else None, trim=False))
