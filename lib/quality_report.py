@@ -223,7 +223,7 @@ def read_windows(
         x.append(batch.x_BCT[0, [recording.names.index(name) for name in names]].numpy())
         block.append(recording.subject if cache.signal["kind"] == "eeg" else recording.key)
         own = values[row_N[i]]
-        own |= {"subject": digest(str(own["subject"]))} if "subject" in own else {}  # as model files have them
+        own = own | ({"subject": digest(str(own["subject"]))} if "subject" in own else {})  # as model files have them
         label.append(label_of(own, columns))
     return Windows(np.stack(x), np.array(block), np.array(label) if columns else None)
 

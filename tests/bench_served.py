@@ -104,7 +104,8 @@ def compare(cfg: Config, part: Part, folder: Path) -> list[dict]:
     case, rows = CASES[part], []
     cache_path = folder / part
     words = ["--causal", "--source", cfg.data / case.folder, "--cache", cache_path, "--workers", 1, *case.flags]
-    toml = ROOT / "tests" / "datasets" / f"{case.folder}.toml"
+    toml = folder / f"{part}.toml"
+    toml.write_text((ROOT / "tests" / "datasets" / f"{case.folder}.toml").read_text().partition("[crop]")[0])
     code, _, said = run(*words, "--dataset", toml)
     assert code in (0, 3), said
     cache = Cache(cache_path)
@@ -126,14 +127,14 @@ def compare(cfg: Config, part: Part, folder: Path) -> list[dict]:
         classes, bands_hz = tuple(target.classes), served.flicker_bands(target.classes, cache.signal)
         made = [learn(lesson.x_NCT, lesson.y_N, lesson.subject_N, classes, path, bands_hz)]
         if cfg.encoder_steps and part in ("ssvep", "mental"):
-            made += with_encoder(cfg, case, cache_path, folder, made[0], lesson, held)
+            made += with_encoder(cfg, case, cache_path, folder, made[0], lesson, held, event_s)
         for pipeline in made:
             rows.append({"part": part, "held": held, "pipeline": pipeline.name})
             rows[-1] |= judge(cfg, pipeline, cache, target, test, sources, event_s, case.halves)
     return rows
 
 
-def with_encoder(cfg, case, cache_path, folder, riemann, lesson, held) -> list:
+def with_encoder(cfg, case, cache_path, folder, riemann, lesson, held, event_s) -> list:
     """An encoder of the cache's own training subjects (whoever is held here), and a hybrid with it, where they don't include `held`."""
     cache = Cache(cache_path)
     if held in {r.subject for r in cache.recordings if r.split in ("train", "val")}:

@@ -9,6 +9,7 @@ import pytest
 import build_cache
 from lib import quality_report, surrogates
 from lib.corpus import Corpus
+from lib.lineage import digest
 from tests.test_quality import L, machine
 from tests.test_report import Page
 
@@ -81,3 +82,13 @@ def test_a_real_browser_shows_it(page, tmp_path):
 def test_new_recordings_are_their_own_floor(world):
     rows, _ = judge(world, False, ())
     assert "floor_block" in rows["log_psd_db"] and "class_accuracy" not in rows
+
+
+def test_labels_are_those_that_model_files_have(world):
+    corpus = Corpus([world[0]], L, 0, L, True, 0.6)
+    names = corpus.recordings[0].names
+    own = quality_report.read_windows(corpus, "val", names, ("fault", "subject"), 100, 0)
+    faults, hashes = zip(*(label.split() for label in own.label_N), strict=True)
+    assert set(faults) == {"a", "b"} and len(set(hashes)) == len(np.unique(own.block_N)) == 8
+    assert set(hashes) == {digest(str(r.subject)) for r in corpus.recordings}
+    assert set(quality_report.read_windows(corpus, "val", names, ("fault", "age"), 100, 0).label_N) == {""}
