@@ -96,6 +96,7 @@ class Config(RunConfig):
     layers: int = 4  # depth
     heads: int = 4  # attention heads
     patch_s: float = 0.5  # length of a token, s
+    waveform: float | None = None  # factor on raw samples' weights at the start; none: 5 for challenge1, else 1
     # objective
     move_s: float = (
         0.3  # training windows of challenge1 are moved by up to so much, and their response times with them, s
@@ -228,10 +229,9 @@ def check(cfg: Config) -> None:
     ) in "batch filters lr clip log_every val_windows steps epochs window_s stride_s stretch_s keep episodes".split():
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
-    for (
-        name
-    ) in "micro max_channels eval_every save_every weight_decay seed move_s shots baseline_windows resamples".split():
-        if getattr(cfg, name) < 0:
+    names = "micro max_channels eval_every save_every weight_decay seed move_s shots baseline_windows resamples"
+    for name in f"{names} waveform".split():
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 0:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
     if not (0 <= cfg.warmup <= 1 and 0 <= cfg.head_warmup <= 1 and 0 <= cfg.unfreeze <= 1 and 0 < cfg.lr_decay <= 1):
         raise Unusable("--warmup, --head-warmup and --unfreeze must lie in 0 to 1, and --lr-decay above 0 and up to 1")
@@ -265,6 +265,11 @@ def start_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
         raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
     sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
     return build_encoder(Architecture(*sizes)), []
+
+
+def waveform_factor(cfg: Config) -> float:
+    """What the weights of raw samples are multiplied by at the start."""
+    return cfg.waveform if cfg.waveform is not None else 5.0 if "challenge1" in cfg.target else 1.0
 
 
 def readout_of(cfg: Config, targets: list[Target]) -> Kind:
@@ -533,6 +538,9 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     if not cfg.init:
         pieces = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, 0)
         encoder.embed.calibrate(torch.cat([p.part.good_patches(patch) for p in pieces]))
+    if mode != "probe":  # a response to a stimulus is a waveform, of which phase 1's features have little
+        with torch.no_grad():
+            encoder.embed.samples.weight *= waveform_factor(cfg)
     decoder = Decoder(encoder, reading, targets).to(device).train()
     weights = TaskWeights([wanted.get(t.name, 1.0) for t in targets], cfg.balance == "uncertainty").to(device)
     modules = {"decoder": decoder, "weights": weights}

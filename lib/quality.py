@@ -325,6 +325,8 @@ def _share_row(name: str, right: Mapping[str, np.ndarray]) -> Row:
         n, p, z = len(right[kind]), right[kind].mean(), 1.96
         middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         row[f"{prefix}low"], row[f"{prefix}high"] = ((middle + side * half) / (1 + z**2 / n) for side in (-1, 1))
+    if "surrogate" in row and abs(row["surrogate"] - row["floor_iid"]) <= row["floor_iid_high"] - row["floor_iid_low"]:
+        row["skill"] = float("nan")
     return {key: float(v) if isinstance(v, np.floating) else v for key, v in row.items()}
 
 
@@ -412,6 +414,13 @@ def mark(row: Row) -> str:
     return ""
 
 
+def _worse_than_surrogates(row: Row) -> bool:
+    """By the whole interval."""
+    if "surrogate" not in row:
+        return False
+    return row["high"] < row["surrogate"] if row["better"] == "higher" else row["low"] > row["surrogate"]
+
+
 def caught(rows: Mapping[str, Row]) -> list[str]:
     """The metrics that say the generated windows are not held-out real ones; of 30 that judge real ones, chance gives one or two."""
     return [name for name, row in rows.items() if "floor_iid_high" in row and not within(row, "iid")]
@@ -440,7 +449,7 @@ def gate(rows: Mapping[str, Row]) -> str:
                 else f"{len(good)} of {len(judged)} primary metrics are as of"
             )
             words.append(f"{least} {meaning}" + (f": {', '.join(good)}." if 0 < len(good) < len(judged) else "."))
-    worse = [name for name in known if rows[name].get("skill", 1.0) < 0]
+    worse = [name for name in known if _worse_than_surrogates(rows[name])]
     if worse:
         words.append(f"WORSE THAN SURROGATES that know only spectra: {', '.join(worse)}.")
     return " ".join(words)

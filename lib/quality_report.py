@@ -265,7 +265,8 @@ def judge_windows(
     train = read_windows(corpus, "train", names, columns, quality.AMONG, seed)
     cache = corpus.caches[0]
     labels = dict(labels_real=held.label_N, labels_fake=fake.label_N)
-    known = bool(columns) and set(held.label_N) <= set(train.label_N)  # new recordings may be of new classes
+    # new recordings may be of new classes, and a model may not know of these columns
+    known = bool(columns) and {*held.label_N, *fake.label_N} <= {*train.label_N}
     figures = dict(real_NCL=held.x_NCL, fake_NCL=fake.x_NCL, train_NCL=train.x_NCL)
     figures |= dict(rate_hz=cache.rate_hz, block_ids=held.block_N)
     rows = quality.judge(

@@ -244,6 +244,18 @@ def test_fine_tuning_warms_the_head_up_and_then_moves_lower_layers_less(cache, e
     assert all(torch.equal(v, theirs[k]) for k, v in decoder.encoder.state_dict().items())
 
 
+def test_response_times_start_from_louder_waveforms(cache, encoder, tmp_path):
+    theirs = load_encoder(encoder)[0].embed.samples.weight
+    words = dict(init=str(encoder), steps=1, lr=1e-30, eval_every=0, baseline_windows=0, occlusion_windows=0)
+    for more, factor in (
+        (dict(target=("challenge1",)), 5.0),
+        (dict(target=("challenge1",), waveform=2.0), 2.0),
+        (EYES, 1.0),
+    ):
+        results = main(config(cache, tmp_path / f"by-{factor:g}", **words, **more))
+        torch.testing.assert_close(load_model(results["model"])[0].encoder.embed.samples.weight, factor * theirs)
+
+
 def test_leaks_are_refused(cache, encoder, tmp_path):
     seen = write_encoder(cache, tmp_path / "seen.safetensors", ["train", "val"])
     told = write_encoder(cache, tmp_path / "told.safetensors", ["train"], ("externalizing",))
@@ -327,6 +339,7 @@ def test_flags_that_make_no_sense_are_refused(cache, tmp_path):
         (dict(mode="probe"), "needs an encoder"),
         (dict(target=("age",), where=("colour=red",)), "there are: age"),
         (dict(target=("age",), where=("task=Sleep",)), "no recording in split train"),
+        (dict(waveform=-1.0), "--waveform"),
         (dict(window_s=2.3), "no whole number of patches"),
         (dict(target=("challenge1", "age"), task_weights=("sex=1",)), "no such target"),
     ):
