@@ -53,7 +53,8 @@ def write(
     `sweep` holds the table of each number of evaluations, `anomaly` that of lib.anomaly, `log` the lines of log.jsonl.
     """
     verdict = quality.gate(rows)
-    bad_NCL = surrogates.phase_randomised(train_NCL[: len(fake_NCL)], np.random.default_rng(seed))
+    rng = np.random.default_rng([seed, 4])
+    bad_NCL = surrogates.phase_randomised(train_NCL[rng.permutation(len(train_NCL))[: len(fake_NCL)]], rng)
     labels, alone = (labels_real, labels_fake), surrogates.lone(block_ids, labels_real)
     words = (
         WORDS

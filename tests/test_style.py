@@ -1,6 +1,7 @@
 """What a linter can't hold: import directions, README's promises, files that must be in the repository."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from tests.recipes import ROOT
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
+PHASES = ("train_jepa", "train_contrastive", "train_supervised", "train_flow")
 
 
 def imports(path: Path) -> set[str]:
@@ -38,10 +40,10 @@ def test_imports_go_from_script_to_lib_to_kernels():
             assert not imports(path) & {*SCRIPTS, "lib", "tests"}, path.name
 
 
-def test_training_starts_without_mne_and_building_without_torch():
+def test_training_starts_without_mne_and_building_and_serving_without_torch():
     program = "import sys, {0}; print(sorted({{'mne', 'torch'}} & set(sys.modules)))"
-    phases = ("train_jepa", "train_contrastive", "train_supervised")
-    for script, loaded in (*((phase, "['torch']") for phase in phases), ("build_cache", "[]")):
+    light = ("build_cache", "serve_realtime")
+    for script, loaded in (*((phase, "['torch']") for phase in PHASES), *((name, "[]") for name in light)):
         words = [sys.executable, "-c", program.format(script)]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == loaded, script
@@ -58,14 +60,10 @@ def test_every_file_the_readme_lists_exists():
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
 def test_every_command_in_the_docs_parses(page):
-    import build_cache
-    import train_contrastive
-    import train_jepa
-    import train_supervised
     from lib import command
 
-    known = {"build_cache.py": (build_cache.Config, None)}
-    known |= {f"{m.__name__}.py": (m.Config, m.PRESETS) for m in (train_jepa, train_contrastive, train_supervised)}
+    known = {f"{name}.py": (importlib.import_module(name).Config, None) for name in ("build_cache", "serve_realtime")}
+    known |= {f"{m.__name__}.py": (m.Config, m.PRESETS) for m in map(importlib.import_module, PHASES)}
     blocks = re.findall(r"^```\w*\n(.+?)^```", (ROOT / page).read_text(), re.M | re.S)
     for line in "\n".join(blocks).splitlines():
         for part in re.split(r"&&|\|(?!\|)", line.strip().lstrip("`").split("  #")[0]):
