@@ -46,12 +46,12 @@ from lib.contrast import (
 from lib.errors import Unusable
 from lib.films import Curves, Films
 from lib.flops import StepCost, matmul_rate
-from lib.grid import take
-from lib.lineage import auxiliary_targets, check_leak, inherited, trained_on
+from lib.grid import mean_of, take
+from lib.lineage import auxiliary_targets, check_leak, trained_on
 from lib.losses import layer_normed, loss_latent
 from lib.masks import draw_masks
 from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
-from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
+from lib.models import save_encoder, signal_meta, start_encoder
 from lib.optim import ema_momentum, ema_update, layer_groups, warmup_cosine
 from lib.pairs import PairSampler, parse_shares
 from lib.precision import DTYPES, autocast, choose_dtype
@@ -237,14 +237,6 @@ def predict_hidden(model: Aligned, teacher: nn.Module, part: Part) -> tuple[torc
     return loss_latent(model.predictor(z_BKD, *places), target_BMD, m.target_real_BM), mean_of(z_BND, part.mask_BC)
 
 
-def mean_of(z_BND: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the tokens of good channels (B, D)."""
-    if mask_BC is None:
-        return z_BND.float().mean(1)
-    good_BN1 = mask_BC.repeat_interleave(z_BND.shape[1] // mask_BC.shape[1], 1)[:, :, None]
-    return torch.where(good_BN1, z_BND.float(), 0.0).sum(1) / good_BN1.sum(1)
-
-
 @torch.no_grad()
 def evaluate(model: Aligned, batches: list[Views], cfg: Config, dtype: str, cache: Cache) -> dict[str, float]:
     """Loss on held-out pairs and what it is made of, and whether features still tell windows apart; the same pairs every time."""
@@ -305,18 +297,6 @@ def check(cfg: Config, window: int, patch: int, ranks: Ranks) -> None:
             raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
 
 
-def start_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
-    """The encoder to train and the lineage of the file it comes from. Raises Unusable."""
-    if cfg.init:
-        encoder, init = load_encoder(cfg.init, cache)
-        return encoder, inherited(init, cfg.init)
-    patch = round(cfg.patch_s * cache.rate_hz)
-    if patch != cfg.patch_s * cache.rate_hz:
-        raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
-    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
-    return build_encoder(Architecture(*sizes)), []
-
-
 def waveform_factor(cfg: Config) -> float:
     """What the weights of raw samples are multiplied by at the start."""
     movies = any(text.partition(":")[0] == "movie" for text in cfg.pairs)
@@ -341,7 +321,8 @@ def main(cfg: Config) -> dict | None:
     device = ranks.device
     cache = Cache(*cfg.cache)
     torch.manual_seed(cfg.seed)
-    encoder, lineage = start_encoder(cfg, cache)
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+    encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
     patch = encoder.architecture.patch
     train, held = ([i for i, r in enumerate(cache.recordings) if r.split == split] for split in ("train", "val"))
     check(cfg, cache.windows("train", cfg.window_s, cfg.stride_s).samples, patch, ranks)

@@ -42,10 +42,11 @@ from lib.errors import Unusable
 from lib.flops import StepCost, matmul_rate
 from lib.generated import write_generated
 from lib.generator import calibrate, draw_windows, fitting, in_unit, load_model, save_model, templates
+from lib.grid import mean_of
 from lib.lineage import check_leak, digest, inherited, trained_on
 from lib.masks import uniform
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
-from lib.oddness import encoder_beside, flow_scores, mean_of
+from lib.oddness import encoder_beside, flow_scores
 from lib.optim import decay_groups, ema_update, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch

@@ -33,11 +33,11 @@ from lib.batches import Part, read_parts
 from lib.cache import Cache
 from lib.errors import Failed, Unusable
 from lib.flops import StepCost, matmul_rate
-from lib.lineage import auxiliary_targets, check_leak, inherited, trained_on
+from lib.lineage import auxiliary_targets, check_leak, trained_on
 from lib.losses import layer_normed, loss_latent, loss_sigreg, loss_vicreg
 from lib.masks import draw_masks
 from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
-from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta, take
+from lib.models import save_encoder, signal_meta, start_encoder, take
 from lib.optim import decay_groups, ema_momentum, ema_update, warm_restarts, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.predictor import Predictor
@@ -283,18 +283,6 @@ def check(cfg: Config, window: int, patch: int) -> None:
         raise Unusable("--vicreg and --sigreg compare windows: they need a --batch of at least two")
 
 
-def start_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
-    """The encoder to train and the lineage of the file it comes from. Raises Unusable."""
-    if cfg.init:
-        encoder, init = load_encoder(cfg.init, cache)
-        return encoder, inherited(init, cfg.init)
-    patch = round(cfg.patch_s * cache.rate_hz)
-    if patch != cfg.patch_s * cache.rate_hz:
-        raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
-    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
-    return build_encoder(Architecture(*sizes)), []
-
-
 def main(cfg: Config) -> dict | None:
     ranks = join(cfg.device)
     device = ranks.device
@@ -302,7 +290,8 @@ def main(cfg: Config) -> dict | None:
         raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
     cache = Cache(*cfg.cache)
     torch.manual_seed(cfg.seed)
-    encoder, lineage = start_encoder(cfg, cache)
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+    encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
     patch = encoder.architecture.patch
     train = cache.windows("train", cfg.window_s, cfg.stride_s)
     check(cfg, train.samples, patch)

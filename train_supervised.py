@@ -36,8 +36,8 @@ from lib.batches import Part, read_parts
 from lib.cache import Cache
 from lib.errors import Unusable
 from lib.flops import StepCost, matmul_rate
-from lib.lineage import check_leak, inherited, trained_on
-from lib.models import Architecture, build_encoder, load_encoder, signal_meta
+from lib.lineage import check_leak, trained_on
+from lib.models import signal_meta, start_encoder
 from lib.optim import layer_groups, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
@@ -253,18 +253,6 @@ def check(cfg: Config) -> None:
         raise Unusable("--shots needs an encoder that knows something: --init FILE, or --evaluate MODEL")
     if sum(map(bool, (cfg.folds, cfg.shots, cfg.evaluate))) > 1 and not (cfg.shots and cfg.evaluate and not cfg.folds):
         raise Unusable("--folds goes with neither --shots nor --evaluate")
-
-
-def start_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
-    """The encoder to start from and the lineage of the file it comes from. Raises Unusable."""
-    if cfg.init:
-        encoder, init = load_encoder(cfg.init, cache)
-        return encoder, inherited(init, cfg.init)
-    patch = round(cfg.patch_s * cache.rate_hz)
-    if patch != cfg.patch_s * cache.rate_hz:
-        raise Unusable(f"--patch-s {cfg.patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
-    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cache.rate_hz, patch, cfg.adapter, cfg.queries)
-    return build_encoder(Architecture(*sizes)), []
 
 
 def waveform_factor(cfg: Config) -> float:
@@ -510,7 +498,8 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     """
     device = ranks.device
     torch.manual_seed(cfg.seed)
-    encoder, lineage = start_encoder(cfg, cache)
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+    encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
     mode = ("finetune" if cfg.init else "scratch") if cfg.mode == "auto" else cfg.mode
     patch, (window_s, stride_s) = encoder.architecture.patch, lengths(cfg)
     samples = round(window_s * cache.rate_hz)
@@ -959,7 +948,8 @@ def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
         targets, rows = decoder.targets, choose_rows(cfg, cache, split)
         examples = Examples(cache, targets, rows, cfg.window_s, cfg.stride_s, cfg.event_s)
     else:
-        encoder, lineage = start_encoder(cfg, cache)
+        sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+        encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
         split, rows, (window_s, stride_s) = "val", choose_rows(cfg, cache, "val"), lengths(cfg)
         samples = round(window_s * cache.rate_hz)
         targets = read_targets(

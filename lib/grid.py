@@ -87,3 +87,11 @@ class Pool(nn.Module):
         weight_BCPH = score_BCPH.softmax(1)
         mean_BPHX = (weight_BCPH[..., None] * h_BCPD.unflatten(3, (weight_BCPH.shape[3], -1))).sum(1)
         return self.out(F.gelu(self.own(h_BKD) + grid.share(self.others(mean_BPHX.flatten(2)))))
+
+
+def mean_of(z_BND: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens of good channels (B, D), float32."""
+    if mask_BC is None:
+        return z_BND.float().mean(1)
+    good_BN1 = mask_BC.repeat_interleave(z_BND.shape[1] // mask_BC.shape[1], 1)[:, :, None]
+    return torch.where(good_BN1, z_BND.float(), 0.0).sum(1) / good_BN1.sum(1).clamp_min(1)

@@ -20,6 +20,7 @@ from lib.errors import Unusable
 from lib.fno import FNOBlock
 from lib.grid import Grid, take, to_patches
 from lib.hybrid import HybridBlock
+from lib.lineage import inherited
 from lib.mamba import MambaBlock
 from lib.perceiver import Nearest, Perceiver
 from lib.tensors import load_tensors, save_tensors
@@ -225,6 +226,19 @@ def build_encoder(architecture: Architecture) -> nn.Module:
     """A freshly initialised encoder. Raises Unusable."""
     architecture.check()
     return ADAPTERS[architecture.adapter](Encoder(architecture))
+
+
+def start_encoder(
+    init: str | None, cache, patch_s: float, encoder: str, d_model: int, layers: int, heads: int, adapter: str, queries: int
+) -> tuple[nn.Module, list[dict]]:  # fmt: skip
+    """The encoder that a phase starts from, of a file or fresh, and the lineage of the file. Raises Unusable."""
+    if init:
+        loaded, meta = load_encoder(init, cache)
+        return loaded, inherited(meta, init)
+    patch = round(patch_s * cache.rate_hz)
+    if patch != patch_s * cache.rate_hz:
+        raise Unusable(f"--patch-s {patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
+    return build_encoder(Architecture(encoder, d_model, layers, heads, cache.rate_hz, patch, adapter, queries)), []
 
 
 def signal_meta(cache) -> dict:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lib import anomaly, flow
+from lib.grid import mean_of
 from lib.models import load_encoder
 from lib.velocity import Velocity
 
@@ -30,14 +31,6 @@ def encoder_beside(path: str | Path, net: Velocity) -> nn.Module:
     """The encoder of the run that a model is of: its file, or the one inside the network."""
     beside = Path(path).with_name("encoder.safetensors")
     return load_encoder(beside)[0] if beside.exists() else net.encoder
-
-
-def mean_of(z_BND: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the tokens of good channels (B, D), float32."""
-    if mask_BC is None:
-        return z_BND.float().mean(1)
-    good_BN1 = mask_BC.repeat_interleave(z_BND.shape[1] // mask_BC.shape[1], 1)[:, :, None]
-    return torch.where(good_BN1, z_BND.float(), 0.0).sum(1) / good_BN1.sum(1).clamp_min(1)
 
 
 @torch.no_grad()

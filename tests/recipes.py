@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lib.edf import write_edf
+from lib.run import MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
@@ -98,3 +101,37 @@ def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a cache by relative path, without locks."""
     files = (p for p in sorted(directory.rglob("*")) if p.is_file() and not p.name.endswith(".lock"))
     return {str(p.relative_to(directory)): p.read_bytes() for p in files}
+
+
+def flags(cfg) -> list[str]:
+    """The command line that gives this configuration."""
+    words = []
+    for name, value in vars(cfg).items():
+        if value != getattr(type(cfg)(), name):
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def log(run: Path) -> list[dict]:
+    """The lines of a run's log without what depends on the clock."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def in_browser(page: Path, profile: Path) -> str:
+    """What a real browser, cut off from every network, makes of a page."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no browser: install chromium to open the report in one")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=2000",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    words = [browser, *options, f"--user-data-dir={profile}", "--dump-dom", f"file://{page}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -19,22 +19,12 @@ from lib.cache import Cache
 from lib.contrast import load_projection
 from lib.errors import Unusable
 from lib.films import Films
-from lib.models import load_encoder
+from lib.models import Architecture, build_encoder, load_encoder
 from lib.ranks import Ranks
-from lib.run import MEASURED
 from tests import recipes
 from tests.movie_cases import build
-from train_contrastive import (
-    PRESETS,
-    Aligned,
-    Config,
-    compare,
-    draw,
-    main,
-    pair_sampler,
-    start_encoder,
-    waveform_factor,
-)
+from tests.recipes import flags, log
+from train_contrastive import PRESETS, Aligned, Config, compare, draw, main, pair_sampler, waveform_factor
 
 TINY = dict(d_model=32, layers=1, heads=2, patch_s=0.5, window_s=2.0, stride_s=1.0, batch=12, max_channels=10, steps=12)
 TINY |= dict(log_every=1, save_every=4, eval_every=6, dtype="float32", val_pairs=24, probe_windows=36, film_subjects=4)
@@ -48,22 +38,6 @@ def cache(tmp_path_factory) -> Path:
 
 def config(cache: Path, run: Path, **changes) -> Config:
     return replace(Config(cache=(str(cache),), name=str(run)), **(TINY | changes))
-
-
-def flags(cfg: Config) -> list[str]:
-    """The command line that gives this configuration."""
-    words = []
-    for name, value in vars(cfg).items():
-        if value != getattr(Config(), name):
-            flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
-def log(run: Path) -> list[dict]:
-    """The lines of a run's log without what depends on the clock."""
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +197,9 @@ def test_other_losses_pairs_and_views(changes, cache, tmp_path):
     """A step of each: everything that should get a gradient does, and the loss falls along it."""
     cfg, cache = config(cache, tmp_path / "x", **({"jepa": 0.0} | changes)), Cache(cache)
     torch.manual_seed(0)
-    model, ranks = Aligned(start_encoder(cfg, cache)[0], cfg), Ranks(0, 1, torch.device("cpu"))
+    sizes = dict(d_model=32, layers=1, heads=2, patch=50)
+    encoder = build_encoder(Architecture(**sizes, adapter=cfg.adapter, queries=cfg.queries))
+    model, ranks = Aligned(encoder, cfg), Ranks(0, 1, torch.device("cpu"))
     rows = [i for i, r in enumerate(cache.recordings) if r.split == "train"]
     views = draw(cache, pair_sampler(cfg, cache, rows), np.arange(cfg.batch), cfg, 0, 50, 0)
     loss, pull_VE, _, projected = compare(model, model, views, cfg, "float32", ranks, True)

@@ -23,6 +23,7 @@ from lib.models import load_encoder
 from lib.run import MEASURED
 from lib.traits import load_heads
 from tests import recipes
+from tests.recipes import flags, log
 from train_jepa import PRESETS, Config, main
 
 SMALL = "EEG FP1-REF,EEG F3-REF,EEG C3-REF,EEG P3-REF,EEG O1-REF,EEG FP2-REF,EEG C4-REF,EEG O2-REF".split(",")
@@ -57,22 +58,6 @@ def cache(tmp_path_factory) -> Path:
 
 def config(cache: Path, run: Path, **changes) -> Config:
     return replace(Config(cache=(str(cache),), name=str(run)), **(TINY | changes))
-
-
-def flags(cfg: Config) -> list[str]:
-    """The command line that gives this configuration."""
-    words = []
-    for name, value in vars(cfg).items():
-        if value != getattr(Config(), name):
-            flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
-def log(run: Path) -> list[dict]:
-    """The lines of a run's log without what depends on the clock."""
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
 """The page about a flow is whole, needs no network, and says when a flow fails; a real browser shows it. From caches and from arrays."""
 
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 
@@ -10,6 +7,7 @@ import build_cache
 from lib import quality_report, surrogates
 from lib.corpus import Corpus
 from lib.lineage import digest
+from tests import recipes
 from tests.test_quality import L, machine
 from tests.test_report import Page
 
@@ -64,19 +62,8 @@ def test_the_page_is_whole(page):
 
 
 def test_a_real_browser_shows_it(page, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if browser is None:
-        pytest.skip("no browser: install chromium to open the report in one")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=2000",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ]
-    words = [browser, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{page}"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "<h2>Verdict</h2>" in done.stdout and done.stdout.count("<img") == 5
+    shown = recipes.in_browser(page, tmp_path)
+    assert "<h2>Verdict</h2>" in shown and shown.count("<img") == 5
 
 
 def test_new_recordings_are_their_own_floor(world):

@@ -1,8 +1,6 @@
 """The report: one page that needs nothing else, whatever was told; opened in a real browser where there is one."""
 
 import base64
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,6 +10,7 @@ from lib import report
 from lib.channels import TEN_TWENTY
 from lib.judgement import Timeline, Units
 from lib.targets import Target
+from tests import recipes
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -95,16 +94,5 @@ def test_the_page_is_whole_and_needs_no_network(page):
 
 
 def test_a_real_browser_shows_it(page, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if browser is None:
-        pytest.skip("no browser: install chromium to open the report in one")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=2000",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ]
-    words = [browser, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{page}"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "<h2>Scores</h2>" in done.stdout and done.stdout.count("<img") == 6
+    shown = recipes.in_browser(page, tmp_path)
+    assert "<h2>Scores</h2>" in shown and shown.count("<img") == 6

@@ -22,6 +22,7 @@ from lib.readouts import load_model
 from lib.run import MEASURED
 from lib.tensors import load_tensors
 from tests import recipes, task_cases
+from tests.recipes import flags, log
 from train_supervised import PRESETS, Config, main
 
 TINY = dict(d_model=32, layers=2, heads=2, patch_s=0.5, batch=12, steps=24, log_every=1, save_every=5, eval_every=8)
@@ -35,22 +36,6 @@ def cache(tmp_path_factory) -> Path:
 
 def config(cache: Path, run: Path, **changes) -> Config:
     return replace(Config(cache=(str(cache),), name=str(run)), **(TINY | changes))
-
-
-def flags(cfg: Config) -> list[str]:
-    """The command line that gives this configuration."""
-    words = []
-    for name, value in vars(cfg).items():
-        if value != getattr(Config(), name):
-            flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
-def log(run: Path) -> list[dict]:
-    """The lines of a run's log without what depends on the clock."""
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="session")
