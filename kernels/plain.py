@@ -32,6 +32,14 @@ def _load() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(build.build("plain", say)))
         found.berger_filter.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
         found.berger_filter.restype = None
+        found.berger_take.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        )
+        found.berger_take.restype = ctypes.c_int64
         return found
     except (build.BuildFailed, OSError) as e:  # OSError: a library that this system can't load
         say(f"plain NumPy and SciPy, slower, because {e}")
@@ -85,6 +93,61 @@ class Sections:
 
     def __reduce__(self):  # for copies and other processes
         return Sections, (self.sos_S6, self.state_S2C)
+
+
+class _LiveSignal(ctypes.Structure):
+    """As in csrc/kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("announced", "channels", "sections")),
+        *((name, ctypes.c_void_p) for name in ("taken", "sos", "state", "last")),
+        *((name, ctypes.c_double) for name in ("factor", "limit")),
+    ]
+
+
+class Live:
+    """
+    What a live signal needs for each chunk, in one call instead of a dozen of NumPy's, with the same bits.
+
+    take(x_TA, raw_at, y_at) writes the taken channels times `factor` to the float32 rows at address raw_at, those through `sections` (which
+    may be none) to the float64 rows at y_at, and the newest sample to last_C; at most `most` samples. If a sample isn't finite or beyond
+    `limit` it returns False: then the sections haven't moved. Not to be made where library() is None.
+    """
+
+    def __init__(
+        self,
+        sections: Sections | None,
+        announced: int,
+        taken_C: np.ndarray | None,
+        factor: float,
+        limit: float,
+        last_C: np.ndarray,
+        most: int,
+    ):
+        taken_C = None if taken_C is None else np.ascontiguousarray(taken_C, np.int64)
+        self.x_TA = np.empty((most, announced), np.float32)
+        self._kept = sections, taken_C, last_C  # whose memory is written to
+        filter_3 = (
+            (len(sections.sos_S6), sections.sos_S6.ctypes.data, sections.state_S2C.ctypes.data)
+            if sections
+            else (0, 0, 0)
+        )
+        self._signal = _LiveSignal(
+            announced,
+            len(last_C),
+            filter_3[0],
+            None if taken_C is None else taken_C.ctypes.data,
+            *filter_3[1:],
+            last_C.ctypes.data,
+            factor,
+            limit,
+        )
+        self._take, self._x, self._rest = library().berger_take, self.x_TA.ctypes.data, ctypes.addressof(self._signal)
+
+    def take(self, x_TA: np.ndarray, raw_at: int, y_at: int) -> bool:
+        T = len(x_TA)
+        self.x_TA[:T] = x_TA
+        return bool(self._take(self._x, T, raw_at, y_at, self._rest))
 
 
 byref, start = ctypes.byref, ctypes.c_char.from_buffer  # where an array begins; a third of the time of x.ctypes

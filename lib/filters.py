@@ -337,9 +337,10 @@ class Causal:
             if self.sections is None:
                 self.sections = plain.Sections(self.sos, scipy.signal.sosfilt_zi(self.sos)[:, :, None] * x_CT[:, 0])
             x_CT = self.sections(x_CT)
-        return x_CT if self.up == self.down else self._resample(x_CT)
+        return x_CT if self.up == self.down else self.resample(x_CT)
 
-    def _resample(self, x_CT: np.ndarray) -> np.ndarray:
+    def resample(self, x_CT: np.ndarray) -> np.ndarray:
+        """What process does after the sections."""
         reach = len(self.taps) // self.up - 1  # samples before the newest that an output depends on
         if self.past_CT is None:
             self.start = -ceil(reach / self.down) * self.down  # always a multiple of `down`: there the phase is 0

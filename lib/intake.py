@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels import plain
 from lib import channels, statements
 from lib.errors import Rejected, Unusable
 from lib.filters import Causal, check_band, same_rate
@@ -75,16 +76,26 @@ class Ring:
 
     def __init__(self, rows: int, samples: int, dtype: type):
         self.kept, self.x_TC, self.fill, self.total = samples, np.zeros((2 * samples, rows), dtype), 0, 0
+        self.at, self.row = self.x_TC.ctypes.data, self.x_TC.strides[0]
+
+    def room(self, samples: int) -> int:
+        """The address of the row where as many samples, at most `kept`, are to be written; `add` then makes them count."""
+        if self.fill + samples > len(self.x_TC):
+            self.x_TC[: self.kept] = self.x_TC[self.fill - self.kept : self.fill]
+            self.fill = self.kept
+        return self.at + self.fill * self.row
+
+    def add(self, samples: int) -> None:
+        """They have been written."""
+        self.fill += samples
+        self.total += samples
 
     def append(self, y_CT: np.ndarray) -> None:
         """Add at most as many samples as are kept."""
-        stop = self.fill + y_CT.shape[1]
-        if stop > len(self.x_TC):
-            self.x_TC[: self.kept] = self.x_TC[self.fill - self.kept : self.fill]
-            self.fill, stop = self.kept, self.kept + y_CT.shape[1]
-        self.x_TC[self.fill : stop] = y_CT.T
-        self.total += stop - self.fill
-        self.fill = stop
+        T = y_CT.shape[1]
+        self.room(T)
+        self.x_TC[self.fill : self.fill + T] = y_CT.T
+        self.add(T)
 
     @property
     def oldest(self) -> int:
@@ -144,6 +155,7 @@ class Intake:
         look = min(round(LOOK_S * layout.rate_hz), LOOK_SAMPLES)
         self.raw = Ring(len(taken), max(look, PIECE), np.float32)
         self.last_C = np.zeros(len(taken))
+        self.filtered_TC = np.empty((self.piece, len(taken)))  # on the way to the resampler
         self.counts: Counter[str] = Counter()
         self.base = self.origin = 0
         self.expected: int | None = None
@@ -160,19 +172,35 @@ class Intake:
         if seq != self.expected:
             self._jump(seq, windows)
         self.expected = seq + len(x_TC)
-        flat = x_TC.reshape(-1)
-        x_CT = (x_TC.T if self.taken is None else x_TC.T[self.taken]).astype(np.float64)
-        if self.factor != 1:
-            x_CT *= self.factor
-        # a sum of squares is the cheapest look at every sample: it says no more than that all are finite and small
-        with np.errstate(over="ignore", invalid="ignore"):
-            power = float(flat.dot(flat)) * self.factor**2
-        if self.run == 0 and power <= LIMIT_UV**2:
-            self._filter(x_CT, windows)
-        else:
-            self._filter_doubtful(x_CT, windows)
-        self.last_C = x_CT[:, -1]
+        while self.live and self.run == 0 and len(x_TC) and self._take(x_TC[: self.piece], windows):
+            x_TC = x_TC[self.piece :]
+        if len(x_TC):
+            x_CT = (x_TC.T if self.taken is None else x_TC.T[self.taken]).astype(np.float64) * self.factor
+            if self.run == 0 and (np.abs(x_CT) <= LIMIT_UV).all():
+                self._filter(x_CT, windows)
+            else:
+                self._filter_doubtful(x_CT, windows)
+            self.last_C[:] = x_CT[:, -1]
+            if self.live is None and plain.library():
+                A = len(self.layout.channels)
+                sections = self.causal.sections
+                self.live = plain.Live(sections, A, self.taken, self.factor, LIMIT_UV, self.last_C, self.piece)
         return windows
+
+    def _take(self, x_TC: np.ndarray, windows: list[Window]) -> bool:
+        """What _filter does, for at most a piece of samples, in one call; False and nothing done where one of them is doubtful."""
+        T, raw, ring = len(x_TC), self.raw, self.ring
+        if self.up == self.down:
+            if not self.live.take(x_TC, raw.room(T), ring.room(T)):
+                return False
+            ring.add(T)
+        else:
+            if not self.live.take(x_TC, raw.room(T), self.filtered_TC.ctypes.data):
+                return False
+            ring.append(self.causal.resample(np.ascontiguousarray(self.filtered_TC[:T].T)))
+        raw.add(T)
+        self._cut_all(windows)
+        return True
 
     def restart(self, at: int) -> None:
         """Discard the window that is being filled; the next one begins at sample `at` of the producer's count."""
@@ -199,6 +227,7 @@ class Intake:
         if self.expected is not None:
             self.counts["resets"] += 1
         self.causal.reset()
+        self.live: plain.Live | None = None  # once the sections have begun
         self.ring.clear()
         self.base, self.run, self.why = seq, 0, reason  # run: how many samples in a row were held
         self.raw_base = self.raw.total
@@ -252,13 +281,17 @@ class Intake:
             x = x_CT[:, : self.piece]
             self.raw.append(x)
             self.ring.append(self.causal.process(x))
-            while self.next + self.path.window <= self.ring.total:
-                windows.append(self._cut(self.next))
-                self.next += self.path.step
+            self._cut_all(windows)
             x_CT = x_CT[:, self.piece :]
 
     # ------------------------------------------------------------------------
     # windows out
+
+    def _cut_all(self, windows: list[Window]) -> None:
+        """The windows that are full."""
+        while self.next + self.path.window <= self.ring.total:
+            windows.append(self._cut(self.next))
+            self.next += self.path.step
 
     def _cut(self, first: int) -> Window:
         """The window of outputs [first, first + window)."""

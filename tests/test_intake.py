@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import build_cache
+from kernels import plain
 from lib import recordings
 from lib.channels import TEN_TWENTY
 from lib.errors import Unusable
@@ -50,6 +51,22 @@ def assert_same(ours: list[Window], theirs: list[Window]) -> None:
 
 # ----------------------------------------------------------------------------
 # the same numbers
+
+
+@pytest.mark.parametrize("rate_hz", [None, 100.0])
+@pytest.mark.parametrize("channels", [NAMES, (NAMES[5], NAMES[0], NAMES[2])])
+def test_the_compiled_path_has_the_bits_of_the_plain_one(channels, rate_hz, monkeypatch):
+    path = replace(PATH, channels=channels, rate_hz=rate_hz)
+    layout, x_TC = replace(LAYOUT, unit="mV"), signal() / np.float32(1e3)
+    x_TC[400, 5], x_TC[600:640, 0], x_TC[700, 2] = np.nan, np.inf, 2e3  # doubtful in the middle of a chunk
+    sizes = (1, 8, 130, 64, 3)
+    compiled = Intake(layout, path)
+    ours = feed(compiled, x_TC, sizes)
+    assert plain.library() is None or compiled.live
+    monkeypatch.setattr(plain, "_loaded", [None])
+    without = Intake(layout, path)
+    assert_same(ours, feed(without, x_TC, sizes))
+    assert without.live is None and without.counts == compiled.counts and without.quality() == compiled.quality()
 
 
 @settings(max_examples=25, deadline=None)

@@ -453,7 +453,7 @@ def test_many_python_threads_at_once():
     assert same == [True] * 160
 
 
-CHECKED = "scan_and or strides or fades or nan or tokens_and or mix or ema or bit_for_bit or cut or test_any_ or equals_its or every_map"
+CHECKED = "scan_and or strides or fades or nan or tokens_and or mix or ema or bit_for_bit or cut or test_any_ or equals_its or every_map or compiled_path"
 UNDER_SANITIZERS = """
 import sys
 from pathlib import Path
@@ -461,7 +461,8 @@ import pytest
 from kernels import build
 found = {kind: Path(sys.argv[1]) / f"{kind}.so" for kind in build.FOLDERS}
 build.library = found.__getitem__
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", sys.argv[2], "tests/test_operators.py", "tests/test_kernels.py"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", sys.argv[2], "tests/test_operators.py", "tests/test_kernels.py",
+                      "tests/test_intake.py"]))
 """
 
 

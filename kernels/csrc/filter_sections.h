@@ -53,15 +53,24 @@ INLINE void write_steps(const double* x_TC, int64_t n, int64_t some, T* y, int64
   }
 }
 
-// COUNT vectors of channels, of which the first `some` channels are there; x and y may be the same
-template <int COUNT, typename T>
+// The same for x_TC (`x_row` values from step to step): nothing has to be turned.
+template <int64_t WIDE>
+INLINE void copy_steps(const double* x, int64_t x_row, int64_t n, int64_t some, double* x_TC, int64_t row) {
+  for (int64_t t = 0; t < n; t++)
+    for (int64_t i = 0; i < some; i++) x_TC[t * row + i] = x[t * x_row + i];
+}
+
+// COUNT vectors of channels, of which the first `some` channels are there; x and y may be the same. Time-major: x_TC instead of x_CT.
+template <int COUNT, bool TIME_MAJOR, typename T>
 void filter_some(const T* x, int64_t x_row, T* y, int64_t y_row, int64_t steps, const double* sos, int64_t sections, double* state,
                  int64_t state_row, int64_t some) {
   constexpr int64_t LANES = LANES_OF<double>, WIDE = COUNT * LANES, BLOCK = 32;
   double x_TC[BLOCK * WIDE];
+  if constexpr (TIME_MAJOR) std::fill(x_TC, x_TC + BLOCK * WIDE, 0.0);
   for (int64_t t = 0; t < steps; t += BLOCK) {
     const int64_t n = std::min(BLOCK, steps - t);
-    read_steps<WIDE>(x + t, x_row, n, some, x_TC);
+    if constexpr (TIME_MAJOR) copy_steps<WIDE>(x + t * x_row, x_row, n, some, x_TC, WIDE);
+    else read_steps<WIDE>(x + t, x_row, n, some, x_TC);
     double* at = state;
     for (const double* f = sos; f < sos + 6 * sections; f += 6, at += 2 * state_row) {
       const vec<double> b0 = all(f[0]), b1 = all(f[1]), b2 = all(f[2]), a1 = all(f[4]), a2 = all(f[5]);
@@ -88,23 +97,50 @@ void filter_some(const T* x, int64_t x_row, T* y, int64_t y_row, int64_t steps, 
         else store_some(z1[v], at + k, some - k), store_some(z2[v], at + state_row + k, some - k);
       }
     }
-    write_steps<WIDE>(x_TC, n, some, y + t, y_row);
+    if constexpr (TIME_MAJOR) copy_steps<WIDE>(x_TC, WIDE, n, some, y + t * y_row, y_row);
+    else write_steps<WIDE>(x_TC, n, some, y + t, y_row);
   }
 }
 
 constexpr int64_t FILTER_VECTORS = 6;  // at a time
 
 // The channels [from, to) of x_CT (rows of x_row values) to y_CT; state_S2C as in the reference, `channels` wide.
-template <typename T>
+template <bool TIME_MAJOR = false, typename T>
 void filter_channels(const T* x, int64_t x_row, T* y, int64_t y_row, int64_t steps, const double* sos, int64_t sections,
                      double* state, int64_t channels, int64_t from, int64_t to) {
   constexpr int64_t LANES = LANES_OF<double>;
   for (int64_t c = from; c < to; c += FILTER_VECTORS * LANES) {
     const int64_t some = std::min(FILTER_VECTORS * LANES, to - c);
-    const auto run = some > 4 * LANES   ? filter_some<6, T>
-                     : some > 2 * LANES ? filter_some<4, T>
-                     : some > LANES     ? filter_some<2, T>
-                                        : filter_some<1, T>;
-    run(x + c * x_row, x_row, y + c * y_row, y_row, steps, sos, sections, state + c, channels, some);
+    const auto run = some > 4 * LANES   ? filter_some<6, TIME_MAJOR, T>
+                     : some > 2 * LANES ? filter_some<4, TIME_MAJOR, T>
+                     : some > LANES     ? filter_some<2, TIME_MAJOR, T>
+                                        : filter_some<1, TIME_MAJOR, T>;
+    const int64_t x_step = TIME_MAJOR ? 1 : x_row, y_step = TIME_MAJOR ? 1 : y_row;
+    run(x + c * x_step, x_row, y + c * y_step, y_row, steps, sos, sections, state + c, channels, some);
   }
+}
+
+// A live chunk: the taken channels of x_TA in microvolts, checked, to raw_TC as they are and to y_TC through the sections, which may be
+// none. False, and nothing but y and raw written to, if a sample isn't finite or beyond the limit.
+inline bool take_chunk(const float* x, int64_t steps, const LiveSignal& f, float* raw, double* y) {
+  bool good = true;
+  for (int64_t t = 0; t < steps; t++) {
+    const float* from = x + t * f.announced;
+    double* to = y + t * f.channels;
+    if (f.taken)
+      for (int64_t c = 0; c < f.channels; c++) to[c] = static_cast<double>(from[f.taken[c]]) * f.factor;
+    else
+      for (int64_t c = 0; c < f.channels; c++) to[c] = static_cast<double>(from[c]) * f.factor;
+    int64_t fine = 0;
+    for (int64_t c = 0; c < f.channels; c++) {
+      fine += std::abs(to[c]) <= f.limit;
+      raw[t * f.channels + c] = static_cast<float>(to[c]);
+    }
+    good &= fine == f.channels;
+  }
+  if (!good) return false;
+  std::copy(y + (steps - 1) * f.channels, y + steps * f.channels, f.last);
+  if (f.sections)
+    filter_channels<true>(y, f.channels, y, f.channels, steps, f.sos, f.sections, f.state, f.channels, int64_t{0}, f.channels);
+  return true;
 }

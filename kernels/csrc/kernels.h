@@ -20,6 +20,13 @@
 
 constexpr int64_t MOST_SECTIONS = 64;  // of one filter
 
+struct LiveSignal {  // what stays from chunk to chunk of a stream (kernels/plain.py fills it)
+  int64_t announced, channels, sections;
+  const int64_t* taken;  // none: all
+  const double* sos;
+  double *state, *last;  // last: the newest sample before the filter
+  double factor, limit;
+};
 struct ScanSizes {
   int64_t steps, channels, states, ahead;  // the first `ahead` channels run forwards
 };

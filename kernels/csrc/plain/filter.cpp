@@ -1,4 +1,4 @@
-// The streaming filter for NumPy arrays, in place (kernels/plain.py): filter_sections.h with a C name.
+// The streaming filter for NumPy arrays (kernels/plain.py): filter_sections.h with C names.
 
 #include "../kernels.h"
 
@@ -10,4 +10,8 @@ struct Filter {  // what stays from chunk to chunk, in one argument: each of the
 
 extern "C" void berger_filter(double* x, int64_t steps, const Filter* f) {
   CALL(filter_channels, x, steps, x, steps, steps, f->sos, f->sections, f->state, f->channels, int64_t{0}, f->channels);
+}
+
+extern "C" int64_t berger_take(const float* x, int64_t steps, float* raw, double* y, const LiveSignal* f) {
+  return CALL(take_chunk, x, steps, *f, raw, y);
 }
