@@ -2,17 +2,18 @@
 From an encoder's tokens to what is to be predicted: readouts, heads, and both with their encoder as one file.
 
     mean         mean over all tokens
+    sites        mean over time at each of some places of the head, which take in the electrodes around them
     attention    a few learned softmax-weighted means over all tokens
     prelocal     spatial filters on the samples, then the local encoder (patch embedding) of the filtered signals, no context
     postlocal    the local encoder of each electrode, then spatial filters, no context
     contextual   the whole encoder, then spatial filters
 
 The last three are the downstream designs of S-JEPA (Guetschel 2024, figure 2), for any montage: what a filter gives an electrode is a
-function of the electrode's place, as the encoder codes it. They keep the order of patches, the first two leave it to the tokens. With
+function of the electrode's place, as the encoder codes it. They keep the order of patches, the others leave it to the tokens. With
 an output per stretch (seizures) a readout sees each patch by itself.
 
-Shape letters: B windows, C channels, T samples, P patches, N = C * P tokens, D width, F filters, H means, K targets, O outputs, X features,
-S stretches.
+Shape letters: B windows, C channels, T samples, P patches, N = C * P tokens, D width, E sites, F filters, H means, K targets, O outputs,
+X features, S stretches.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.batches import Part
+from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
 from lib.grid import to_patches
 from lib.models import Architecture, build_encoder
@@ -32,7 +34,7 @@ from lib.targets import Target
 from lib.tensors import load_tensors, save_tensors
 
 FORMAT, VERSION = "berger-model", 1
-Kind = Literal["mean", "attention", "prelocal", "postlocal", "contextual"]
+Kind = Literal["mean", "sites", "attention", "prelocal", "postlocal", "contextual"]
 LOCAL = ("prelocal", "postlocal")  # that leave out the encoder's blocks
 
 
@@ -44,6 +46,7 @@ class Reading:
     patches: int = 4  # of a window
     filters: int = 8  # spatial filters, or means of `attention`
     stretches: int = 0  # outputs per patch; 0: one per window
+    sites: tuple[str, ...] = TEN_TWENTY  # electrodes of the montage whose places `sites` has
 
 
 class Local(nn.Module):
@@ -68,6 +71,23 @@ class SpatialFilters(nn.Module):
         return F.normalize(w_BFC, dim=2)
 
 
+class Sites(nn.Module):
+    """Weights (B, E, C) that sum to 1 over the good channels of each window: a Gaussian of half the sites' usual distance."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.register_buffer("place_E3", torch.tensor([POSITIONS[name] for name in names]), persistent=False)
+        apart_EE = torch.cdist(self.place_E3, self.place_E3).fill_diagonal_(torch.inf)
+        self.reach_m = float(apart_EE.amin(1).median()) / 2 if len(names) > 1 else 0.03
+
+    def forward(self, positions_BC3: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
+        apart_BEC = torch.cdist(self.place_E3.expand(len(positions_BC3), -1, -1), positions_BC3)
+        w_BEC = torch.exp(-0.5 * (apart_BEC / self.reach_m).square()).nan_to_num(0.0) + 1e-9  # no place: as good as far
+        if mask_BC is not None:
+            w_BEC = torch.where(mask_BC[:, None], w_BEC, 0.0)
+        return w_BEC / w_BEC.sum(2, keepdim=True).clamp_min(1e-12)
+
+
 class Readout(nn.Module):
     """Features (B, X) of windows, or (B, P, X) of their patches if the reading has stretches."""
 
@@ -75,10 +95,12 @@ class Readout(nn.Module):
         super().__init__()
         self.reading, self.patch = reading, architecture.patch
         d, filters, patches = architecture.d_model, reading.filters, 1 if reading.stretches else reading.patches
-        widths = {"mean": d, "attention": filters * d}
+        widths = {"mean": d, "sites": len(reading.sites) * d, "attention": filters * d}
         self.width = widths.get(reading.kind, filters * patches * d)
         if reading.kind == "attention":
             self.score = nn.Linear(d, filters)
+        elif reading.kind == "sites":
+            self.sites = Sites(reading.sites)
         elif reading.kind != "mean":
             self.filters = SpatialFilters(d, filters)
         if reading.kind in LOCAL:
@@ -89,6 +111,11 @@ class Readout(nn.Module):
         kind = self.reading.kind
         if kind in ("mean", "attention"):
             return self._pool(encoder(*part.signal).unflatten(1, (x_BCT.shape[1], -1)).float(), mask_BC)
+        if kind == "sites":
+            z_BCPD = encoder(*part.signal).unflatten(1, (x_BCT.shape[1], -1)).float()
+            z_BPCD = z_BCPD.transpose(1, 2) if self.reading.stretches else z_BCPD.mean(2)[:, None]
+            z_BPX = (self.sites(positions_BC3, mask_BC)[:, None] @ z_BPCD).flatten(2)
+            return z_BPX if self.reading.stretches else z_BPX[:, 0]
         w_BFC = self.filters(encoder.place(positions_BC3, 1), mask_BC)
         if kind == "prelocal":
             z_BFPD = encoder.embed(to_patches(w_BFC @ x_BCT, self.patch)).unflatten(1, (w_BFC.shape[1], -1))
@@ -199,7 +226,8 @@ def load_model(path: str | Path, cache=None) -> tuple[Decoder, dict, dict[str, t
         check_signal(meta, cache, path)
     try:
         targets = [Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}) for t in meta["targets"]]
-        decoder = Decoder(build_encoder(Architecture(**meta["architecture"])), Reading(**meta["readout"]), targets)
+        reading = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["readout"].items()}
+        decoder = Decoder(build_encoder(Architecture(**meta["architecture"])), Reading(**reading), targets)
         decoder.load_state_dict({k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")})
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()

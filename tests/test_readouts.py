@@ -12,13 +12,13 @@ from lib.batches import Part
 from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
 from lib.models import Architecture, build_encoder
-from lib.readouts import LOCAL, Decoder, Reading, load_model, save_model
+from lib.readouts import LOCAL, Decoder, Reading, Sites, load_model, save_model
 from lib.shots import few_shot
 from lib.targets import Target
 from lib.tensors import save_tensors
 from lib.transfer import Domain, moved
 
-KINDS = ("mean", "attention", "prelocal", "postlocal", "contextual")
+KINDS = ("mean", "sites", "attention", "prelocal", "postlocal", "contextual")
 TARGETS = [Target("rt", mean=1.0, std=0.5, unit="s"), Target("task", ("a", "b", "c"), (1.0, 2.0, 0.5))]
 META = {"signal": {}, "lineage": [], "window_s": 2.0}
 
@@ -78,6 +78,22 @@ def test_patches_keep_their_order_in_the_designs_that_say_so():
     back = replace(part, x_BCT=part.x_BCT.unflatten(2, (4, 50)).flip(2).flatten(2))
     for kind, alike in (("prelocal", False), ("postlocal", False), ("contextual", False)):
         assert torch.allclose(decoder_of(kind)(part)[0], decoder_of(kind)(back)[0], atol=1e-3) == alike
+
+
+def test_sites_keep_their_own_electrodes_apart_and_take_in_those_of_other_montages():
+    own = Sites(TEN_TWENTY)
+    place_BC3 = torch.tensor([[POSITIONS[n] for n in TEN_TWENTY]], dtype=torch.float32)
+    w_EC = own(place_BC3, None)[0]
+    assert torch.equal(w_EC.argmax(1), torch.arange(19)) and w_EC.diagonal().min() > 0.5
+    assert torch.allclose(w_EC.sum(1), torch.ones(19))
+    names = ("O1", "Oz", "O2", "C1", "Fpz")
+    w_EC = own(
+        torch.tensor([[POSITIONS[n] for n in names]], dtype=torch.float32), torch.tensor([[1, 1, 1, 1, 0]]).bool()
+    )[0]
+    told = {site: names[i] for site, i in zip(TEN_TWENTY, w_EC.argmax(1).tolist(), strict=True)}
+    assert (told["O1"], told["O2"], told["C3"]) == ("O1", "O2", "C1") and (w_EC[:, 4] == 0).all()
+    nowhere = own(torch.full((1, 3, 3), torch.nan), None)
+    assert torch.allclose(nowhere, torch.full((1, 19, 3), 1 / 3))  # electrodes without a place: their mean everywhere
 
 
 def test_losses_leave_missing_values_out_and_weigh_classes():
