@@ -59,7 +59,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, encode_by
 from lib.ranks import Ranks, join
-from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.tensors import load_tensors, save_tensors
 from lib.views import Strength, draws, make_view
 
@@ -285,16 +285,12 @@ def check(cfg: Config, window: int, patch: int, ranks: Ranks) -> None:
         raise Unusable("--temperature must lie in 0.01 to 1, --flip in 0 to 1, and --dropout below 1")
     if cfg.warp_s * math.pi >= 1:
         raise Unusable(f"--warp-s {cfg.warp_s:g} would make time run backwards: less than 0.318")
-    positive = "predictor_layers projection lr clip log_every val_pairs film_step_s probe_windows steps epochs"
-    for name in positive.split():
-        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
-    names = (
-        "micro max_channels eval_every save_every probe_epochs weight_decay seed keep jepa film_subjects tolerance_s"
+    command.check_signs(
+        cfg,
+        positive="predictor_layers projection lr clip log_every val_pairs film_step_s probe_windows steps epochs",
+        not_negative="micro max_channels eval_every save_every probe_epochs weight_decay seed keep jepa film_subjects tolerance_s "
+        "guard_s neighbour_s event_s warp_s shift_s amplitude_db bandstop_hz waveform",
     )
-    for name in f"{names} guard_s neighbour_s event_s warp_s shift_s amplitude_db bandstop_hz waveform".split():
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
 
 
 def waveform_factor(cfg: Config) -> float:
@@ -563,13 +559,12 @@ def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
         k for k in first if k in metrics and not k.endswith(("_bandpower", "_chance")) and not k.startswith("signal_")
     )
     metrics |= {f"{k}_before": first[k] for k in before}
-    speeds = [line["windows_per_s"] for line in lines if line.get("windows_per_s")]
     return {
         "run": str(run.directory),
         "step": final["step"],
         "metrics": metrics,
         "probe_protocol": state["probe_protocol"],
-        "windows_per_s": float(np.median(speeds)),
+        "windows_per_s": median_speed(lines),
         "seconds": round(run.seconds(), 1),
         "parameters": parameters,
         "dtype": state["dtype"],

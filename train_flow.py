@@ -52,7 +52,7 @@ from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
 from lib.ranks import Ranks, join
 from lib.reflow import Pairs
-from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.samplers import UniformSampler
 from lib.store import write_atomic
 from lib.traits import class_name
@@ -315,16 +315,11 @@ def check(cfg: Config, ranks: Ranks) -> None:
         raise Unusable("--train-share must lie between 0 and 1, --drop and --ema in 0 to below 1")
     if not (0 <= cfg.uniform_share <= 1 and 0 <= cfg.warmup <= 1):
         raise Unusable("--uniform-share and --warmup must lie in 0 to 1")
-    names = "batch window stride nfe lr clip log_every val_windows steps epochs pairs kernel temperature patch"
-    for name in names.split():
-        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
-    names = (
-        "sample micro max_channels eval_every save_every weight_decay seed keep whiten_order calibrate contrast align"
+    command.check_signs(
+        cfg,
+        positive="batch window stride nfe lr clip log_every val_windows steps epochs pairs kernel temperature patch",
+        not_negative="sample micro max_channels eval_every save_every weight_decay seed keep whiten_order calibrate contrast align",
     )
-    for name in names.split():
-        if getattr(cfg, name) < 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
     if cfg.kernel % 2 == 0 or not cfg.widths or min(cfg.widths) < 1:
         raise Unusable(f"--kernel {cfg.kernel} must be odd, and --widths {cfg.widths} positive")
     if cfg.share == "repa" and not (cfg.init and cfg.align):
@@ -582,13 +577,12 @@ def report(run: Run, lines: list[dict], state: dict, parameters: int, unknown: d
         k: v for k, v in final.items() if k.startswith(("loss", "val_loss", "weight_")) or k in ("skipped", "rollbacks")
     }
     metrics["val_loss_untrained"] = first["val_loss"]
-    speeds = [line["windows_per_s"] for line in lines if line.get("windows_per_s")]
     return {
         "run": str(run.directory),
         "step": final["step"],
         "metrics": metrics,
         "unknown_conditions": unknown,
-        "windows_per_s": float(np.median(speeds)),
+        "windows_per_s": median_speed(lines),
         "memory_mb": max(line["memory_mb"] for line in lines if "memory_mb" in line),
         "seconds": round(run.seconds(), 1),
         "parameters": parameters,

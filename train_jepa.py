@@ -44,7 +44,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, encode_by, stimuli
 from lib.ranks import Ranks, join
-from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.traits import AuxiliaryHeads, Trait, known_labels, read_traits, save_heads, trait_values
 from lib.windows import Windows
@@ -272,13 +272,11 @@ def check(cfg: Config, window: int, patch: int) -> None:
         raise Unusable("--mask temporal needs windows of at least two patches: raise --window-s or lower --patch-s")
     if not (0 < cfg.mask_ratio < 1 and 0 <= cfg.ema <= 1 and 0 <= cfg.warmup <= 1):
         raise Unusable("--mask-ratio must lie between 0 and 1, and --ema and --warmup in 0 to 1")
-    for name in "batch mask_patches predictor_layers lr clip log_every val_windows probe_windows steps epochs".split():
-        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
-    names = "micro max_channels eval_every save_every probe_epochs mask_radius_m weight_decay seed keep"
-    for name in f"{names} aux_weight visible vicreg sigreg".split():
-        if getattr(cfg, name) < 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
+    command.check_signs(
+        cfg,
+        positive="batch mask_patches predictor_layers lr clip log_every val_windows probe_windows steps epochs",
+        not_negative="micro max_channels eval_every save_every probe_epochs mask_radius_m weight_decay seed keep aux_weight visible vicreg sigreg",
+    )
     if cfg.batch == 1 and (cfg.vicreg or cfg.sigreg):
         raise Unusable("--vicreg and --sigreg compare windows: they need a --batch of at least two")
 
@@ -464,13 +462,12 @@ def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
     metrics = {k: v for k, v in final.items() if k in keys or k.startswith("probe_")}
     probes = (k for k in first if k.startswith("probe_") and not k.endswith(("_bandpower", "_chance")))
     metrics |= {f"{k}_untrained": first[k] for k in probes}
-    speeds = [line["windows_per_s"] for line in lines if line.get("windows_per_s")]
     return {
         "run": str(run.directory),
         "step": final["step"],
         "metrics": metrics,
         "probe_protocol": state["probe_protocol"],
-        "windows_per_s": float(np.median(speeds)),
+        "windows_per_s": median_speed(lines),
         "seconds": round(run.seconds(), 1),
         "parameters": parameters,
         "dtype": state["dtype"],

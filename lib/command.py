@@ -118,6 +118,18 @@ def _parse_flags(config: type, args: Sequence[str], doc: str, default: typing.An
         raise Unusable(_unboxed(complaint.getvalue())) from None
 
 
+def check_signs(cfg: typing.Any, positive: str, not_negative: str) -> None:
+    """Raises Unusable for the first of these fields (names in a string) whose sign is wrong; None passes."""
+    for name in positive.split():
+        value = getattr(cfg, name)
+        if value is not None and not value > 0:
+            raise Unusable(f"--{name.replace('_', '-')} {value} must be positive")
+    for name in not_negative.split():
+        value = getattr(cfg, name)
+        if value is not None and value < 0:
+            raise Unusable(f"--{name.replace('_', '-')} {value} must not be negative")
+
+
 def json_line(value: typing.Any) -> str:
     """Strict one-line JSON: paths and numpy numbers are understood, and a number that isn't finite becomes null."""
     return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)

@@ -19,9 +19,11 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,6 +90,11 @@ def due(step: int, every: int) -> bool:
 def steps_of(epochs: float, windows: int, batch: int) -> int:
     """Steps of `batch` windows in so many passes over `windows` of them: at least one, but none for no epochs."""
     return max(1, round(epochs * windows / batch)) if epochs else 0
+
+
+def median_speed(lines: Sequence[dict]) -> float:
+    """Windows per second in lines of log.jsonl; 0 if none has any."""
+    return statistics.median([line["windows_per_s"] for line in lines if line.get("windows_per_s")] or [0.0])
 
 
 class Pace:
