@@ -17,7 +17,6 @@ Shape letters: B examples, C channels, T samples, K targets, P patches, S stretc
 """
 
 import copy
-import json
 import math
 import sys
 import time
@@ -31,32 +30,40 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lib import ablation, classical, command, judgement, plot, recovery
-from lib.batches import Part, read_parts
+from lib import (
+    ablation,
+    autopsy,
+    classical,
+    command,
+    evaluation,
+    judgement,
+    occlusion,
+    plot,
+    recovery,
+    score_report,
+    shots,
+)
+from lib.batches import Piece, read_pieces
 from lib.cache import Cache
 from lib.errors import Unusable
+from lib.evaluation import Fitted
 from lib.flops import StepCost, matmul_rate
-from lib.lineage import check_leak, trained_on
+from lib.folds import fold_rows
+from lib.inference import MOST_AT_ONCE, Inference
+from lib.lineage import check_leak, inherited, trained_on
 from lib.models import signal_meta, start_encoder
 from lib.optim import layer_groups, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
 from lib.ranks import Ranks, join
 from lib.readouts import Decoder, Kind, Reading, load_model, save_model
-from lib.run import Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
-from lib.scores import area_under_roc, challenge_score
-from lib.shots import few_shot
 from lib.store import write_atomic
 from lib.targets import WINDOW_S, Examples, Target, balanced, read_targets
-from lib.tensors import load_tensors
 from lib.traits import class_name
 from lib.transfer import Domain, Transfer, groups, moved
 from lib.windows import SEIZURE
-
-EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw the channels of scored windows
-FOLD_TURNS = {"score": (0,), "val": (1,)}  # folds after the present one, by what they are for
-CHUNK, MOST_AT_ONCE = 64, 4096  # windows in a forward pass without gradients, and whose features are kept at once
 
 
 @dataclass(frozen=True)
@@ -140,30 +147,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-@dataclass
-class Piece:
-    """A micro-batch and what is to be said of it: encoded values (B, K), or which stretches are seizure (B, S)."""
-
-    part: Part
-    y: torch.Tensor
-
-    def to(self, device: torch.device) -> "Piece":
-        """The same on another device."""
-        return self if device.type == "cpu" else Piece(self.part.to(device), self.y.to(device, non_blocking=True))
-
-
-def draw(
-    examples: Examples, ids_B: np.ndarray, index_B: np.ndarray, cfg: Config, micro: int, step: int, move_s: float = 0.0
-) -> list[Piece]:
-    """Read examples in micro-batches; what happens to one depends on (seed, step, its index in the global batch) alone."""
-    row_B, start_B, y_BK = examples.moved(ids_B, move_s, cfg.seed, step, index_B)
-    shape = (examples.samples, index_B, cfg.max_channels, micro, cfg.seed, step)
-    parts = read_parts(examples.cache, row_B, start_B, *shape)
-    if examples.coverage:
-        y_BK = examples.seizures(row_B, start_B, cfg.stretch_s)
-    return [Piece(part, torch.from_numpy(y_BK[np.searchsorted(index_B, part.index_B)])) for part in parts]
-
-
 class TaskWeights(nn.Module):
     """One number from the losses of several targets: a weighted mean, or weights learned as variances (Kendall 2018, equation 7)."""
 
@@ -224,15 +207,11 @@ def lengths(cfg: Config) -> tuple[float, float]:
 
 def check(cfg: Config) -> None:
     """Raises Unusable for flags that make no sense, alone or together."""
-    for (
-        name
-    ) in "batch filters lr clip log_every val_windows steps epochs window_s stride_s stretch_s keep episodes".split():
-        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be positive")
-    names = "micro max_channels eval_every save_every weight_decay seed move_s shots baseline_windows resamples"
-    for name in f"{names} waveform".split():
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 0:
-            raise Unusable(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
+    command.check_signs(
+        cfg,
+        positive="batch filters lr clip log_every val_windows steps epochs window_s stride_s stretch_s keep episodes",
+        not_negative="micro max_channels eval_every save_every weight_decay seed move_s shots baseline_windows resamples waveform",
+    )
     if not (0 <= cfg.warmup <= 1 and 0 <= cfg.head_warmup <= 1 and 0 <= cfg.unfreeze <= 1 and 0 < cfg.lr_decay <= 1):
         raise Unusable("--warmup, --head-warmup and --unfreeze must lie in 0 to 1, and --lr-decay above 0 and up to 1")
     if cfg.folds in (1, 2) or cfg.folds < 0:
@@ -299,151 +278,6 @@ def parameter_groups(cfg: Config, decoder: Decoder, weights: TaskWeights, mode: 
     return groups
 
 
-# ----------------------------------------------------------------------------
-# what a model says
-
-
-@torch.no_grad()
-def features(
-    decoder: Decoder, examples: Examples, ids: np.ndarray, cfg: Config, dtype: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the heads see of examples, and what is true of them, in their order, on the CPU."""
-    device, z, y = next(decoder.parameters()).device, [], []
-    for first in range(0, len(ids), CHUNK):
-        index = np.arange(first, min(first + CHUNK, len(ids)))
-        pieces = draw(examples, ids[index], index, cfg, cfg.micro, EVAL_STEP)
-        with autocast(device.type, dtype):
-            z_BX = torch.cat([decoder.features(p.to(device).part).float().cpu() for p in pieces])
-        order = torch.from_numpy(np.argsort(np.concatenate([p.part.index_B for p in pieces])))
-        z.append(z_BX[order])
-        y.append(torch.cat([p.y for p in pieces])[order])
-    return torch.cat(z), torch.cat(y)
-
-
-@torch.no_grad()
-def predict(
-    decoder: Decoder, examples: Examples, ids: np.ndarray, cfg: Config, dtype: str, source: Domain | None = None
-) -> judgement.Said:
-    """What the model says of examples, window by window, after moving their features where --transfer and `source` say so."""
-    device, said, losses, y = next(decoder.parameters()).device, [], [], []
-    row_B, start_B = examples.locate(ids)
-    if source and decoder.reading.stretches:
-        raise Unusable("--transfer moves features of windows, not of the stretches of seizures")
-    for first in range(0, len(ids), len(ids) if source else MOST_AT_ONCE):
-        some = slice(first, first + (len(ids) if source else MOST_AT_ONCE))
-        z_BX, y_BK = features(decoder, examples, ids[some], cfg, dtype)
-        if source:
-            at_BX = moved(z_BX.numpy(), groups(examples.cache, row_B, cfg.transfer), cfg.transfer, source)
-            z_BX = torch.from_numpy(at_BX).float()
-        out = decoder.read(z_BX.to(device))
-        losses.append(decoder.loss(out, y_BK.to(device)).double().cpu())
-        said.append([o.double().cpu().numpy() for o in decoder.say(out)])
-        y.append(y_BK.numpy())
-    y_BK = np.concatenate(y)
-    known_K = np.array([len(ids)]) if examples.coverage else np.maximum(np.isfinite(y_BK).sum(0), 1)
-    told = [np.concatenate([s[k] for s in said]) for k in range(len(decoder.targets))]
-    return judgement.Said(told, y_BK, row_B, start_B, torch.stack(losses).sum(0).numpy() / known_K)
-
-
-@torch.no_grad()
-def timelines(
-    decoder: Decoder, examples: Examples, rows: list[int], cfg: Config, dtype: str
-) -> list[judgement.Timeline]:
-    """The probability of a seizure along whole recordings: windows that overlap by half, and what they say of a stretch averaged."""
-    cache, device, samples = examples.cache, next(decoder.parameters()).device, examples.samples
-    stretch, lines = round(cfg.stretch_s * cache.rate_hz), []
-    for row in rows:
-        r = cache.recordings[row]
-        total = np.zeros((2, -(-r.samples // stretch)))
-        starts = [
-            list(range(a, b - samples + 1, samples // 2)) + [b - samples] for a, b in r.segments if b - a >= samples
-        ]
-        start_B = np.unique(np.array([s for some in starts for s in some], np.int64) // stretch * stretch)
-        for first in range(0, len(start_B), CHUNK):
-            index = np.arange(first, min(first + CHUNK, len(start_B)))
-            shape = (samples, index, cfg.max_channels, cfg.micro, cfg.seed, EVAL_STEP)
-            for part in read_parts(cache, np.full(len(index), row), start_B[index], *shape):
-                with autocast(device.type, dtype):
-                    said_BS = decoder.say(decoder(part.to(device)))[0].cpu().numpy()
-                for said_S, start in zip(said_BS, start_B[part.index_B] // stretch, strict=True):
-                    total[:, start : start + len(said_S)] += np.stack([said_S, np.ones(len(said_S))])
-        probability_T = total[0] / np.maximum(total[1], 1)
-        lines.append(judgement.Timeline(row, probability_T, judgement.annotated(cache, row), r.samples / cache.rate_hz))
-    return lines
-
-
-def score_all(
-    cfg: Config, decoder: Decoder, examples: Examples, rows: list[int], dtype: str, kept: dict, source: Domain | None
-) -> dict:
-    """
-    What the model, the constant and the classical baselines say of recordings `rows`: per target and way Units, or timelines and events.
-
-    `kept` has what was chosen and fitted on train and val: `detection`, `seconds` and `detection_seconds` for seizures, or `baselines`.
-    """
-    cache = examples.cache
-    if examples.coverage:
-        lines = timelines(decoder, examples, rows, cfg, dtype)
-        ways = {"model": judgement.detected(lines, kept["detection"], 1 / cfg.stretch_s)}
-        ways["constant"] = lines, [np.empty((0, 2))] * len(lines)  # never a seizure
-        if kept["seconds"] is not None:
-            own = classical_timelines(cache, kept["seconds"], lines, cfg)
-            ways["band_power"] = judgement.detected(own, kept["detection_seconds"], 1 / cfg.stretch_s)
-        return {"ways": {SEIZURE: ways}, "said": None}
-    said = predict(decoder, examples, np.arange(len(examples)), cfg, dtype, source)
-    ways: dict = {}
-    for k, target in enumerate(decoder.targets):
-        own = judgement.units(target, k, said.said[k], said.y_BK, said.row_B, cache)
-        if not len(own.y_N):
-            raise Unusable(f"--target {target.name}: no example of the recordings to be scored has a known value")
-        ways[target.name] = {"model": own, "constant": replace(own, said_N=judgement.constant(target, len(own.y_N)))}
-        known_B = np.flatnonzero(np.isfinite(said.y_BK[:, k]))
-        for baseline in kept["baselines"][k]:
-            if not baseline.sites.fits(cache, np.unique(said.row_B[known_B]).tolist()):
-                print(
-                    f"{baseline.name} of {target.name} is left out: other electrodes than it was fitted on",
-                    file=sys.stderr,
-                )
-                continue
-            told_BC = np.full((len(said.row_B), max(1, len(target.classes))), np.nan)
-            told_BC[known_B] = baseline.say(cache, target, said.row_B[known_B], said.start_B[known_B], examples.samples)
-            ways[target.name][baseline.name] = judgement.units(target, k, told_BC, said.y_BK, said.row_B, cache)
-    return {"ways": ways, "said": said}
-
-
-def classical_timelines(cache: Cache, seconds: classical.Linear, lines: list[judgement.Timeline], cfg: Config) -> list:
-    """The same recordings as the classical baseline sees them."""
-    return [replace(x, probability_T=classical.along(cache, seconds, x.row, cfg.stretch_s)) for x in lines]
-
-
-def summary(cfg: Config, targets: list[Target], ways: dict, cache: Cache) -> tuple[list[dict], dict]:
-    """The table of all scores, and from it: the model's, their intervals, and what stands beside them."""
-    table = judgement.tabulate(targets, ways, cache, 1 / cfg.stretch_s, cfg.resamples)
-    flat: dict = {}
-    for row in table:
-        flat.setdefault(row["model"], {})[f"{row['target']}_{row['metric']}"] = [row["value"], row["low"], row["high"]]
-    mine = flat.pop("model")
-    metrics = {name: value for name, (value, _, _) in mine.items()}
-    if {"challenge1_nrmse", "challenge2_nrmse"} <= metrics.keys():
-        metrics["challenge_score"] = challenge_score(metrics["challenge1_nrmse"], metrics["challenge2_nrmse"])
-    results = {"metrics": metrics, "intervals": {name: [low, high] for name, (_, low, high) in mine.items()}}
-    return table, results | {"baselines": flat, "scored_by": {t.name: t.scored_by for t in targets}}
-
-
-def validation(decoder: Decoder, said: judgement.Said, cache: Cache) -> dict[str, float]:
-    """What the log says of the val split: the loss that the model is chosen by, and each target's main score."""
-    values = {"val_loss": float(said.loss_K.mean())}
-    if decoder.reading.stretches:
-        y, p = said.y_BK.ravel() > 0, said.said[0].ravel()
-        return values | {"val_seizure_auroc": area_under_roc(y, p) if 0 < y.sum() < len(y) else math.nan}
-    for k, target in enumerate(decoder.targets):
-        u = judgement.units(target, k, said.said[k], said.y_BK, said.row_B, cache)
-        name = judgement.MAIN[target.kind]
-        if len(u.y_N):
-            every = judgement.score_units(target, u, 0)
-            values[f"val_{target.name}_{name}"] = every[name][0]
-    return values
-
-
 def val_ids(cfg: Config, val: Examples) -> np.ndarray:
     """Examples that the model is chosen by: spread evenly, and as many around seizures where they are the target."""
     ids = val.even(cfg.val_windows)
@@ -457,16 +291,17 @@ def val_ids(cfg: Config, val: Examples) -> np.ndarray:
 # training
 
 
-def fit_probe(cfg: Config, decoder: Decoder, train: Examples, dtype: str) -> None:
+def fit_probe(inference: Inference, train: Examples, transfer: Transfer) -> Domain:
     """
     Fit the heads on frozen features at once: ridge or logistic regression, penalty by cross-validation over subjects.
 
-    --transfer moves the training features too, so that heads learn from what they will see.
+    `transfer` moves the training features too, so that heads learn from what they will see; returns where they lay.
     """
-    ids = train.even(0)
-    z_BX, y_BK = (t.double().numpy() for t in features(decoder, train, ids, cfg, dtype))
+    ids, decoder = train.even(0), inference.decoder
+    z_BX, y_BK = (t.double().numpy() for t in inference.features(train, ids))
     row_B, _ = train.locate(ids)
-    z_BX = moved(z_BX, groups(train.cache, row_B, cfg.transfer), cfg.transfer, Domain.of(z_BX))
+    domain = Domain.of(z_BX)
+    z_BX = moved(z_BX, groups(train.cache, row_B, transfer), transfer, domain)
     subject_B = np.array([train.cache.recordings[i].subject for i in row_B])
     for k, (target, head) in enumerate(zip(decoder.targets, decoder.heads, strict=True)):
         known_B = np.isfinite(y_BK[:, k])
@@ -476,6 +311,7 @@ def fit_probe(cfg: Config, decoder: Decoder, train: Examples, dtype: str) -> Non
         with torch.no_grad():
             head.weight.copy_(torch.from_numpy(weight_XO.T))
             head.bias.copy_(torch.from_numpy(linear.bias_K - linear.centre_F @ weight_XO))
+    return domain
 
 
 def trial(decoder: Decoder, piece: Piece) -> Callable[[str], None]:
@@ -490,6 +326,12 @@ def trial(decoder: Decoder, piece: Piece) -> Callable[[str], None]:
     return work
 
 
+def initial_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
+    """The encoder to start from and the lineage of its file. Raises Unusable."""
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+    return start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
+
+
 def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> tuple[dict | None, dict | None]:
     """
     Train on recordings `rows["train"]`, choose on `rows["val"]`, score `rows["score"]`; leaves a run directory.
@@ -498,8 +340,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     """
     device = ranks.device
     torch.manual_seed(cfg.seed)
-    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
-    encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
+    encoder, lineage = initial_encoder(cfg, cache)
     mode = ("finetune" if cfg.init else "scratch") if cfg.mode == "auto" else cfg.mode
     patch, (window_s, stride_s) = encoder.architecture.patch, lengths(cfg)
     samples = round(window_s * cache.rate_hz)
@@ -523,9 +364,13 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     if unknown := sorted(set(wanted) - {t.name for t in targets}):
         raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
 
+    def draw(step: int, who: np.ndarray, micro: int, move_s: float = 0.0) -> list[Piece]:
+        how = (cfg.max_channels, micro, cfg.seed, step, cfg.stretch_s, move_s)
+        return read_pieces(train, sampler.ids(step)[who], who, *how)
+
     run = Run(cfg, __file__, ranks)
     if not cfg.init:
-        pieces = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, 0)
+        pieces = draw(0, np.arange(cfg.batch), cfg.micro)
         encoder.embed.calibrate(torch.cat([p.part.good_patches(patch) for p in pieces]))
     if mode != "probe":  # a response to a stimulus is a waveform, of which phase 1's features have little
         with torch.no_grad():
@@ -540,16 +385,17 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         state |= run.restore(modules, optimizer)
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:16]
-        piece = draw(train, sampler.ids(0)[some], some, cfg, cfg.micro, 0)[0].to(device)
+        piece = draw(0, some, cfg.micro)[0].to(device)
         state["dtype"] = "float32" if mode == "probe" else choose_dtype(cfg.dtype, trial(decoder, piece), ranks)
     meta = signal_meta(cache) | trained_on(cache, rows["train"]) | {"run": run.name, "lineage": lineage, "mode": mode}
     meta |= {"window_s": window_s, "stride_s": stride_s, "event_s": cfg.event_s, "stretch_s": cfg.stretch_s}
     meta |= {"max_channels": cfg.max_channels, "seed": cfg.seed, "where": list(cfg.where), "transfer": cfg.transfer}
     val_at = val_ids(cfg, val) if ranks.first else np.empty(0, np.int64)
+    inference = inference_of(cfg, decoder, state["dtype"])
 
     def watch() -> dict[str, float]:
         decoder.eval()
-        values = validation(decoder, predict(decoder, val, val_at, cfg, state["dtype"]), cache)
+        values = judgement.val_scores(targets, inference.predict(val, val_at), cache)
         if path := run.among_best(state, values["val_loss"], cfg.keep):
             save_model(path, decoder, meta | {"step": state["step"]})
         decoder.train()
@@ -565,11 +411,9 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         rate = matmul_rate(DTYPES[state["dtype"]], device)
 
     def batch_of(step: int) -> tuple[list[Piece], np.ndarray]:
-        ids = sampler.ids(step)
-        known_K = (
-            np.array([cfg.batch]) if train.coverage else np.isfinite(train.values(ids)).sum(0)
-        )  # in the global batch
-        return draw(train, ids[share], share, cfg, state["micro"], step, cfg.move_s), known_K
+        every_K = np.array([cfg.batch])  # of the global batch: where there is no seizure is known too
+        known_K = every_K if train.coverage else np.isfinite(train.values(sampler.ids(step))).sum(0)
+        return draw(step, share, state["micro"], cfg.move_s), known_K
 
     loader = Prefetch(batch_of, state["step"], steps)
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
@@ -635,203 +479,72 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     results, ways = None, None
     if ranks.first:
         if mode == "probe":
-            fit_probe(cfg, decoder.eval(), train, state["dtype"])
-            source = Domain.of(features(decoder, train, train.even(0), cfg, state["dtype"])[0].double().numpy())
-            moves = source if cfg.transfer != "none" else None
-            run.log(0, **validation(decoder, predict(decoder, val, val_at, cfg, state["dtype"], moves), cache))
+            decoder.eval()
+            domain = fit_probe(inference, train, cfg.transfer)
+            said = inference.predict(val, val_at, cfg.transfer, domain)
+            run.log(0, **judgement.val_scores(targets, said, cache))
         chosen = state["best"][0][1] if state["best"] else state["step"]
         if state["best"]:
             decoder = load_model(run.directory / "best" / f"step-{chosen:06d}.safetensors", cache)[0].to(device)
-        results, ways = finish(
-            cfg, run, decoder, {"train": train, "val": val, "score": score}, rows, state, meta | {"step": chosen}
-        )
+            inference = replace(inference, decoder=decoder)
+        examples = {"train": train, "val": val, "score": score}
+        results, ways = finish(cfg, run, inference, examples, rows, state, meta | {"step": chosen})
     run.close()
     return results, ways
 
 
+def inference_of(cfg: Config, decoder: Decoder, dtype: str) -> Inference:
+    """The model as it is evaluated."""
+    return Inference(decoder, dtype, cfg.max_channels, cfg.micro, cfg.seed, cfg.stretch_s)
+
+
 def finish(
-    cfg: Config, run: Run, decoder: Decoder, examples: dict[str, Examples], rows: dict, state: dict, meta: dict
+    cfg: Config, run: Run, inference: Inference, examples: dict[str, Examples], rows: dict, state: dict, meta: dict
 ) -> tuple[dict, dict]:
     """What a run leaves: the model with its thresholds and baselines, scores, report. Its results, and what was said."""
     train, val, score = (examples[k] for k in ("train", "val", "score"))
-    dtype, cache, tensors, source = state["dtype"], train.cache, {}, None
-    kept: dict = {
-        "detection": None,
-        "detection_seconds": None,
-        "seconds": None,
-        "baselines": [[] for _ in decoder.targets],
-    }
-    if train.coverage:
-        lines = timelines(decoder, val, rows["val"], cfg, dtype)
-        kept["detection"] = judgement.choose_detection(lines, 1 / cfg.stretch_s)
-        if cfg.baseline_windows:
-            kept["seconds"] = classical.fit_seconds(cache, train, rows["train"], 4 * cfg.baseline_windows)
-        if kept["seconds"]:
-            own = classical_timelines(cache, kept["seconds"], lines, cfg)
-            kept["detection_seconds"] = judgement.choose_detection(own, 1 / cfg.stretch_s)
-            tensors |= {f"baseline.seconds.{n}": torch.from_numpy(a) for n, a in vars(kept["seconds"]).items()}
-    else:
-        if cfg.baseline_windows:
-            run.say("fitting the classical baselines")
-            made = range(len(decoder.targets))
-            kept["baselines"] = [classical.fit_baselines(cache, train, k, cfg.baseline_windows) for k in made]
-        z_BX, _ = features(decoder, train, train.even(cfg.baseline_windows or 1000), cfg, dtype)
-        source = Domain.of(z_BX.double().numpy())
-        tensors |= source.tensors()
-    described, packed = classical.pack(kept["baselines"])
-    meta |= {"baselines": described, "detection": kept["detection"], "detection_seconds": kept["detection_seconds"]}
+    if cfg.baseline_windows and not train.coverage:
+        run.say("fitting the classical baselines")
+    fitted = evaluation.fit(inference, train, val, rows, cfg.baseline_windows)
+    described, tensors = fitted.pack()
     path = run.directory / "model.safetensors"
-    save_model(path, decoder, meta, tensors | packed)
-    found = score_all(cfg, decoder, score, rows["score"], dtype, kept, source if cfg.transfer != "none" else None)
+    save_model(path, inference.decoder, meta | described, tensors)
+    ways, said = evaluation.compare(inference, fitted, score, rows["score"], cfg.transfer)
     lines = run.lines()
     plot.curves(lines, run.directory / "curves.png")
-    speeds = [line["windows_per_s"] for line in lines if line.get("windows_per_s")]
     results = {
-        "run": str(run.directory),
-        "step": state["step"],
-        "chosen_step": meta["step"],
-        "mode": meta["mode"],
-        "model": str(path),
-    }
-    results |= {
-        "scored": "val, by which the model was chosen: --evaluate opens test",
-        "dtype": dtype,
-        "detection": kept["detection"],
-    }
-    results |= {
-        "examples": {name: len(e) for name, e in examples.items()},
-        "parameters": sum(p.numel() for p in decoder.parameters()),
-    }
-    results |= {"windows_per_s": float(np.median(speeds)) if speeds else 0.0}
-    return leave(cfg, run, decoder, score, found, results, dtype), found["ways"]
+        "run": str(run.directory), "step": state["step"], "chosen_step": meta["step"], "mode": meta["mode"], "model": str(path),
+        "scored": "val, by which the model was chosen: --evaluate opens test", "dtype": inference.dtype, "detection": fitted.detection,
+        "examples": {name: len(e) for name, e in examples.items()}, "parameters": sum(p.numel() for p in inference.decoder.parameters()),
+        "windows_per_s": median_speed(lines),
+    }  # fmt: skip
+    return leave(cfg, run, inference, score, ways, said, results), ways
 
 
-def leave(cfg: Config, run: Run, decoder: Decoder, examples: Examples, found: dict, results: dict, dtype: str) -> dict:
+def leave(
+    cfg: Config, run: Run, inference: Inference, examples: Examples, ways: dict, said: judgement.Said | None, results: dict
+) -> dict:  # fmt: skip
     """Write scores, predictions or events, and the report of a run; the results with all of it."""
-    cache, folder, ways = examples.cache, run.directory, found["ways"]
-    table, scored = summary(cfg, decoder.targets, ways, cache)
-    results |= scored | {"scores": str(folder / "scores.json"), "report": str(folder / "report.html")}
-    write_atomic(folder / "scores.json", json.dumps(json.loads(command.json_line(table)), indent=1).encode())
-    if SEIZURE in ways and examples.coverage:
+    cache, targets, folder = examples.cache, inference.decoder.targets, run.directory
+    table = judgement.tabulate(targets, ways, cache, 1 / cfg.stretch_s, cfg.resamples)
+    judgement.write_scores(folder / "scores.json", table)
+    results |= judgement.summary(targets, table)
+    results |= {"scores": str(folder / "scores.json"), "report": str(folder / "report.html")}
+    if said is None:
         results["events"] = str(folder / "events")
-        (folder / "events").mkdir(exist_ok=True)
-        for line, intervals in zip(*ways[SEIZURE]["model"], strict=True):
-            name = cache.recordings[line.row].key.replace("/", "_")
-            write_atomic(
-                folder / "events" / f"{name}.tsv", judgement.events_tsv(line, intervals, 1 / cfg.stretch_s).encode()
-            )
+        judgement.write_events(folder / "events", *ways[SEIZURE]["model"], cache, 1 / cfg.stretch_s)
     else:
         results["predictions"] = str(folder / "predictions.csv")
-        write_atomic(
-            folder / "predictions.csv", judgement.predictions_csv(decoder.targets, found["said"], cache).encode()
-        )
-    explained = explain(cfg, decoder, examples, dtype)
-    results |= {name: explained[name] for name in ("autopsy", "worst") if name in explained}
-    results["seconds"] = round(run.seconds(), 1)
-    write_report(cfg, run, decoder.targets, examples, ways, table, results, explained)
-    return results
-
-
-# ----------------------------------------------------------------------------
-# what the report says beside the scores
-
-
-def explain(cfg: Config, decoder: Decoder, examples: Examples, dtype: str) -> dict:
-    """Which electrodes and bands matter and, for --autopsy, what goes on in each layer and the windows with the largest loss."""
-    from lib.autopsy import autopsy
-    from lib.occlusion import occlusion, sites_of
-
-    device, explained = next(decoder.parameters()).device, {}
-    ids = examples.even(cfg.occlusion_windows)
+        write_atomic(folder / "predictions.csv", judgement.predictions_csv(targets, said, cache).encode())
+    explained = {}
     if cfg.occlusion_windows:
-        parts, losses = [], []
-        for first in range(0, len(ids), CHUNK):
-            index = np.arange(first, min(first + CHUNK, len(ids)))
-            for piece in draw(examples, ids[index], index, cfg, cfg.micro, EVAL_STEP):
-                parts.append(piece.part)
-                losses.append(piece.y.to(device))
-
-        @torch.no_grad()
-        def loss_of(part: Part, i: int) -> float:
-            with autocast(device.type, dtype):
-                out = decoder(part.to(device))
-            return float(decoder.loss(out, losses[i]).sum()) / len(ids)
-
-        rows = np.unique(examples.locate(ids)[0]).tolist()
-        explained["sites"], explained["bands"] = occlusion(
-            loss_of, parts, sites_of(examples.cache, rows), examples.cache.rate_hz
-        )
+        explained["sites"], explained["bands"] = occlusion.occlude(inference, examples, cfg.occlusion_windows)
     if cfg.autopsy:
-        index = np.arange(min(len(ids), CHUNK))
-        pieces = [p.to(device) for p in draw(examples, ids[index], index, cfg, cfg.micro, EVAL_STEP)]
-
-        def loss() -> torch.Tensor:
-            return sum(decoder.loss(decoder(p.part), p.y).sum() for p in pieces) / len(index)
-
-        explained["autopsy"] = autopsy(decoder, loss)
-        explained["worst"] = worst(cfg, decoder, examples, dtype)
-    return explained
-
-
-@torch.no_grad()
-def worst(cfg: Config, decoder: Decoder, examples: Examples, dtype: str, most: int = 10) -> list[dict]:
-    """The examples with the largest loss, of at most MOST_AT_ONCE spread evenly."""
-    ids, device = examples.even(MOST_AT_ONCE), next(decoder.parameters()).device
-    z_BX, y_BK = (t.to(device) for t in features(decoder, examples, ids, cfg, dtype))
-    loss_B = torch.stack([decoder.loss(decoder.read(z[None]), y[None]).sum() for z, y in zip(z_BX, y_BK, strict=True)])
-    order = loss_B.argsort(descending=True)[:most].cpu().numpy()
-    row_B, start_B = examples.locate(ids[order])
-    recordings, rate_hz = examples.cache.recordings, examples.cache.rate_hz
-    return [
-        {"recording": recordings[row].key, "start_s": start / rate_hz, "loss": float(loss_B[i])}
-        for i, row, start in zip(order, row_B, start_B.tolist(), strict=True)
-    ]
-
-
-def write_report(
-    cfg: Config, run: Run, targets: list[Target], examples: Examples, ways: dict, table: list[dict], results: dict, explained: dict
-) -> None:  # fmt: skip
-    """runs/NAME/report.html."""
-    from lib import report  # here, as it brings matplotlib, which takes a second
-
-    cache = examples.cache
-    opened = results["scored"] == "test"
-    words = f"Scored on {results['scored']}. " + (
-        "The test split was opened for this page: choose nothing by it." if opened else ""
-    )
-    told, people = "", ""
-    for target in targets:
-        if target.source == SEIZURE:
-            lines, found = ways[SEIZURE]["model"]
-            names = [cache.recordings[line.row].key for line in lines]
-            told += report.seizure_timeline(lines, found, names, results["detection"]["threshold"])
-        else:
-            own = ways[target.name]["model"]
-            told += report.truth_against_said(target, own)
-            people += report.by_subject(target, own)
-    where = report.head(explained.get("sites", {}), "what the model needs, by place")
-    where += report.bars(explained["bands"], "what the model needs, by frequency") if "bands" in explained else ""
-    inside = ""
-    if "autopsy" in explained:
-        inside = report.rows_table(list(explained["autopsy"][0]), [list(row.values()) for row in explained["autopsy"]])
-        inside += "<h3>worst windows</h3>" + report.rows_table(
-            ["recording", "start (s)", "loss"], [list(r.values()) for r in explained["worst"]]
-        )
-    sources = [
-        [str(p), m["sha256"][:16], len(cache.recordings)] for p, m in zip(cache.paths, cache.manifests, strict=True)
-    ]
-    sections = [
-        ("Scores", report.paragraph(words, warn=True) + report.score_tables(table)),
-        ("What was said", told),
-        ("By subject", people),
-        ("Where and which frequencies", where),
-        ("Curves", report.curves(run.lines())),
-        ("Inside the model", inside),
-        ("Command", report.verbatim((run.directory / "command.txt").read_text(encoding="utf-8"))),
-        ("Cache", report.rows_table(["directory", "fingerprint", "recordings"], sources)),
-        ("Flags", report.verbatim(json.dumps(json.loads(command.json_line(asdict(cfg))), indent=1))),
-    ]
-    report.write(run.directory / "report.html", f"{' and '.join(cfg.target)}: {run.name}", sections)
+        results["autopsy"] = explained["autopsy"] = autopsy.dissect(inference, examples, cfg.occlusion_windows)
+        results["worst"] = explained["worst"] = autopsy.worst_windows(inference, examples)
+    results["seconds"] = round(run.seconds(), 1)
+    score_report.write(run, asdict(cfg), targets, cache, ways, table, results, explained)
+    return results
 
 
 # ----------------------------------------------------------------------------
@@ -846,8 +559,7 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
     cfg = replace(cfg, **{k: meta[k] for k in names}, target=tuple(t.name for t in decoder.targets), where=where)
     rows = choose_rows(cfg, cache, "test")
     subjects = [cache.recordings[i].subject for i in rows]
-    own = {"file": cfg.evaluate, "subjects": meta["subjects"], "auxiliary": []}
-    check_leak([*meta["lineage"], own], subjects, labels_of(decoder.targets), cfg.allow_leak)
+    check_leak(inherited(meta, cfg.evaluate), subjects, labels_of(decoder.targets), cfg.allow_leak)
     score = Examples(cache, decoder.targets, rows, cfg.window_s, cfg.stride_s, cfg.event_s)
     if score.coverage and not any(len(judgement.annotated(cache, i)) for i in rows):
         raise Unusable("the test split has no seizure: sensitivity and F1 would mean nothing")
@@ -857,29 +569,15 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
         words = f"{len(rows)} recordings of {len(set(subjects))} subjects; choose nothing by what it says"
         run.say(f"THE TEST SPLIT IS OPEN: {words}")
         run.log(meta["step"], event="test_opened", model=cfg.evaluate)
-        baselines = classical.unpack(meta["baselines"], tensors, len(decoder.targets))
-        own = {n.removeprefix("baseline.seconds."): t.numpy() for n, t in tensors.items() if "baseline.seconds." in n}
-        kept = {"baselines": baselines, "seconds": classical.Linear(**own) if own else None}
-        kept |= {name: meta[name] for name in ("detection", "detection_seconds")}
-        source = Domain.from_tensors(tensors) if cfg.transfer != "none" and not score.coverage else None
-        dtype = "float32" if cfg.dtype == "auto" else cfg.dtype
-        decoder = decoder.to(ranks.device)
-        found = score_all(cfg, decoder, score, rows, dtype, kept, source)
+        fitted = Fitted.unpack(meta, tensors, len(decoder.targets))
+        inference = inference_of(cfg, decoder.to(ranks.device), "float32" if cfg.dtype == "auto" else cfg.dtype)
+        ways, said = evaluation.compare(inference, fitted, score, rows, cfg.transfer)
         results = {
-            "run": str(run.directory),
-            "step": meta["step"],
-            "mode": meta["mode"],
-            "model": cfg.evaluate,
-            "scored": "test",
-        }
-        results |= {
-            "subjects": len(set(subjects)),
-            "recordings": len(rows),
-            "transfer": cfg.transfer,
-            "detection": meta["detection"],
-        }
-        results |= {"windows_per_s": round(len(score) / max(run.seconds(), 1e-9), 1)}
-        results = leave(cfg, run, decoder, score, found, results, dtype)
+            "run": str(run.directory), "step": meta["step"], "mode": meta["mode"], "model": cfg.evaluate, "scored": "test",
+            "subjects": len(set(subjects)), "recordings": len(rows), "transfer": cfg.transfer, "detection": meta["detection"],
+            "windows_per_s": round(len(score) / max(run.seconds(), 1e-9), 1),
+        }  # fmt: skip
+        results = leave(cfg, run, inference, score, ways, said, results)
     run.close()
     return results
 
@@ -893,43 +591,25 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     if ranks.world > 1:
         raise Unusable("--folds runs in one process: leave torchrun out")
     rows = choose_rows(cfg, cache, None)
-    subject_of = {i: cache.recordings[i].subject for i in rows}
-    fold_of = {s: n % cfg.folds for n, s in enumerate(sorted(set(subject_of.values())))}
-    if len(fold_of) < cfg.folds:
-        raise Unusable(f"--folds {cfg.folds}: there are {len(fold_of)} subjects in train and val")
-    run, pooled, targets, done = Run(cfg, __file__, ranks), {}, [], []
-    for fold in range(cfg.folds):
-        of = {
-            k: [i for i in rows if (fold_of[subject_of[i]] - fold) % cfg.folds in turn]
-            for k, turn in FOLD_TURNS.items()
-        }
-        of["train"] = [i for i in rows if i not in {*of["score"], *of["val"]}]
+    plan = fold_rows(cache, rows, cfg.folds)
+    run, pooled, done = Run(cfg, __file__, ranks), {}, []
+    for fold, of in enumerate(plan):
         name = run.directory / f"fold-{fold}"
         begun = (name / "config.json").exists()
         run.say(f"fold {fold + 1} of {cfg.folds}")
-        results, ways = fit(replace(cfg, folds=0, name=str(name), resume=begun, overwrite=False), ranks, cache, of)
-        done.append({k: results[k] for k in ("run", "chosen_step", "metrics")})
-        _, meta = load_tensors(results["model"])
-        targets = [Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}) for t in meta["targets"]]
+        last, ways = fit(replace(cfg, folds=0, name=str(name), resume=begun, overwrite=False), ranks, cache, of)
+        done.append({k: last[k] for k in ("run", "chosen_step", "metrics")})
+        decoder, meta, _ = load_model(last["model"])
+        targets = decoder.targets
         judgement.pool(pooled, ways, targets)
-    table, scored = summary(cfg, targets, pooled, cache)
+    table = judgement.tabulate(targets, pooled, cache, 1 / cfg.stretch_s, cfg.resamples)
+    judgement.write_scores(run.directory / "scores.json", table)
     results = {
-        "run": str(run.directory),
-        "step": cfg.steps,
-        "folds": done,
-        "scored": f"{cfg.folds} folds over subjects of train and val",
-    }
-    results |= scored | {"windows_per_s": results.get("windows_per_s", 0.0), "seconds": round(run.seconds(), 1)}
-    results |= {
-        "detection": meta["detection"],
-        "scores": str(run.directory / "scores.json"),
-        "report": str(run.directory / "report.html"),
-    }
-    write_atomic(run.directory / "scores.json", json.dumps(json.loads(command.json_line(table)), indent=1).encode())
-    window_s, stride_s = lengths(cfg)
-    write_report(
-        cfg, run, targets, Examples(cache, targets, rows, window_s, stride_s, cfg.event_s), pooled, table, results, {}
-    )
+        "run": str(run.directory), "step": cfg.steps, "folds": done, "scored": f"{cfg.folds} folds over subjects of train and val",
+        **judgement.summary(targets, table), "windows_per_s": last["windows_per_s"], "seconds": round(run.seconds(), 1),
+        "detection": meta["detection"], "scores": str(run.directory / "scores.json"), "report": str(run.directory / "report.html"),
+    }  # fmt: skip
+    score_report.write(run, asdict(cfg), targets, cache, pooled, table, results, {})
     run.close()
     return results
 
@@ -937,28 +617,20 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
 def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     """Prototypes of --shots windows per class, on features of an encoder (val) or of a model (test), beside band power. Raises Unusable."""
     if cfg.evaluate:
-        decoder, meta, _ = load_model(cfg.evaluate, cache)
-        split, lineage = (
-            "test",
-            [*meta["lineage"], {"file": cfg.evaluate, "subjects": meta["subjects"], "auxiliary": []}],
-        )
-        cfg = replace(
-            cfg, target=tuple(t.name for t in decoder.targets), window_s=meta["window_s"], stride_s=meta["stride_s"]
-        )
-        targets, rows = decoder.targets, choose_rows(cfg, cache, split)
-        examples = Examples(cache, targets, rows, cfg.window_s, cfg.stride_s, cfg.event_s)
+        split, (decoder, meta, _) = "test", load_model(cfg.evaluate, cache)
+        targets, lineage = decoder.targets, inherited(meta, cfg.evaluate)
+        names = tuple(t.name for t in targets)
+        cfg = replace(cfg, target=names, window_s=meta["window_s"], stride_s=meta["stride_s"])
+        rows = choose_rows(cfg, cache, split)
+        examples = Examples(cache, targets, rows, *lengths(cfg), cfg.event_s)
     else:
-        sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
-        encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
-        split, rows, (window_s, stride_s) = "val", choose_rows(cfg, cache, "val"), lengths(cfg)
-        samples = round(window_s * cache.rate_hz)
-        targets = read_targets(
-            cache, cfg.target, choose_rows(cfg, cache, "train"), samples, cfg.after_s, cfg.event_s, "window"
-        )
+        split, (encoder, lineage) = "val", initial_encoder(cfg, cache)
+        rows, (window_s, stride_s) = choose_rows(cfg, cache, split), lengths(cfg)
+        known = (choose_rows(cfg, cache, "train"), round(window_s * cache.rate_hz), cfg.after_s, cfg.event_s)
+        targets = read_targets(cache, cfg.target, *known, "window")
         examples = Examples(cache, targets, rows, window_s, stride_s, cfg.event_s)
-        decoder = Decoder(
-            encoder, replace(plan_reading(cfg, examples, encoder.architecture.patch), kind="mean"), targets
-        ).eval()
+        reading = replace(plan_reading(cfg, examples, encoder.architecture.patch), kind="mean")
+        decoder = Decoder(encoder, reading, targets).eval()
     check_leak(lineage, [cache.recordings[i].subject for i in rows], labels_of(targets), cfg.allow_leak)
     if len(targets) > 1 or not targets[0].classes or examples.coverage:
         raise Unusable(f"--shots needs one target of classes, not {' '.join(cfg.target)}")
@@ -966,37 +638,20 @@ def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     if split == "test":
         run.say(f"THE TEST SPLIT IS OPEN: {len(rows)} recordings; choose nothing by what it says")
         run.log(0, event="test_opened", model=cfg.evaluate)
-    z_BX, y_BK = features(decoder.to(ranks.device), examples, ids, cfg, "float32")
-    row_B, start_B = examples.locate(ids)
-    sites = classical.Sites.of(cache, np.unique(row_B).tolist())
-    ways = {"model": z_BX.flatten(1).numpy()}
-    if sites:
-        ways["band_power"] = classical.described("band_power", sites, cache, row_B, start_B, examples.samples)
-    subject_B = np.array([cache.recordings[i].subject for i in row_B])
-    span_B3 = np.stack([row_B, start_B, start_B + examples.samples], 1)
-    scored = few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, cfg.shots, cfg.episodes, cfg.seed)
+    inference = inference_of(cfg, decoder.to(ranks.device), "float32")
+    scored, target = shots.score(inference, examples, ids, cfg.shots, cfg.episodes, cfg.seed), targets[0]
     if scored is None:
         raise Unusable(
-            f"--shots {cfg.shots}: the {split} split has too few windows or subjects per class of {targets[0].name}"
+            f"--shots {cfg.shots}: the {split} split has too few windows or subjects per class of {target.name}"
         )
-    name = f"{targets[0].name}_{cfg.shots}_shots_balanced_accuracy"
+    name = f"{target.name}_{cfg.shots}_shots_balanced_accuracy"
     run.log(0, **{name if way == "model" else f"{name}_{way}": value for way, (value, _, _) in scored.items()})
+    own = scored.pop("model")
     results = {
-        "run": str(run.directory),
-        "step": 0,
-        "metrics": {name: scored["model"][0]},
-        "intervals": {name: scored["model"][1:]},
-    }
-    results |= {
-        "baselines": {way: {name: v} for way, v in scored.items() if way != "model"}
-        | {"constant": {name: 1 / len(targets[0].classes)}}
-    }
-    results |= {
-        "scored": split,
-        "episodes": cfg.episodes,
-        "windows_per_s": len(ids) / run.seconds(),
-        "seconds": round(run.seconds(), 1),
-    }
+        "run": str(run.directory), "step": 0, "metrics": {name: own[0]}, "intervals": {name: own[1:]},
+        "baselines": {way: {name: v} for way, v in scored.items()} | {"constant": {name: 1 / len(target.classes)}},
+        "scored": split, "episodes": cfg.episodes, "windows_per_s": len(ids) / run.seconds(), "seconds": round(run.seconds(), 1),
+    }  # fmt: skip
     run.close()
     return results
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lib.inference import MOST_AT_ONCE, Inference
+from lib.targets import Examples
+
 DEAD = 1e-3  # a unit whose deviation is below this share of its layer's median deviation says nothing
 
 
@@ -57,3 +60,30 @@ def autopsy(module: nn.Module, loss: Callable[[], torch.Tensor]) -> list[dict]:
         )
     module.zero_grad(set_to_none=True)
     return rows
+
+
+def dissect(inference: Inference, examples: Examples, most: int) -> list[dict]:
+    """`autopsy` of a model on the first chunk of at most `most` examples (0: all), spread evenly; in float32."""
+    decoder, ids = inference.decoder, examples.even(most)
+    pieces = [piece.to(inference.device) for piece in next(inference.pieces(examples, ids))]
+    count = sum(len(piece.y) for piece in pieces)
+
+    def loss() -> torch.Tensor:
+        return sum(decoder.loss(decoder(p.part), p.y).sum() for p in pieces) / count
+
+    return autopsy(decoder, loss)
+
+
+@torch.no_grad()
+def worst_windows(inference: Inference, examples: Examples, most: int = 10) -> list[dict]:
+    """The examples with the largest loss, of at most MOST_AT_ONCE spread evenly."""
+    ids, decoder = examples.even(MOST_AT_ONCE), inference.decoder
+    z_BX, y_BK = (t.to(inference.device) for t in inference.features(examples, ids))
+    loss_B = torch.stack([decoder.loss(decoder.read(z[None]), y[None]).sum() for z, y in zip(z_BX, y_BK, strict=True)])
+    order = loss_B.argsort(descending=True)[:most].cpu().numpy()
+    row_B, start_B = examples.locate(ids[order])
+    recordings, rate_hz = examples.cache.recordings, examples.cache.rate_hz
+    return [
+        {"recording": recordings[row].key, "start_s": start / rate_hz, "loss": float(loss_B[i])}
+        for i, row, start in zip(order, row_B, start_B.tolist(), strict=True)
+    ]

@@ -1,7 +1,7 @@
 """
-Micro-batches of windows of alike montages, so that a small montage is never padded to a large one.
+Micro-batches of windows of alike montages, so that a small montage is never padded to a large one; with what is true of them if need be.
 
-Shape letters: B windows, C channels, T samples.
+Shape letters: B windows, C channels, T samples, K targets, S stretches of a window.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ import torch
 from lib.cache import Cache
 from lib.grid import take
 from lib.masks import Masks, choose_channels
+from lib.targets import Examples
 
 
 @dataclass
@@ -74,3 +75,38 @@ def read_parts(
             mask_BC = None if mask_BC.all() else mask_BC
             parts.append(Part(x_BCT, positions_BC3, mask_BC, index_B[some], recording_B[some]))
     return parts
+
+
+@dataclass
+class Piece:
+    """A micro-batch and what is true of it: encoded values (B, K), or which stretches are seizure (B, S)."""
+
+    part: Part
+    y: torch.Tensor
+
+    def to(self, device: torch.device) -> "Piece":
+        """The same on another device."""
+        return self if device.type == "cpu" else Piece(self.part.to(device), self.y.to(device, non_blocking=True))
+
+
+def read_pieces(
+    examples: Examples,
+    ids_B: np.ndarray,
+    index_B: np.ndarray,
+    max_channels: int,
+    micro: int,
+    seed: int,
+    step: int,
+    stretch_s: float,
+    move_s: float = 0.0,
+) -> list[Piece]:
+    """
+    Examples in micro-batches, as `read_parts`; for seizures one value per stretch of `stretch_s`.
+
+    Those whose value is a time are moved by up to `move_s`, which depends on (seed, step, place in the global batch) alone. Raises Unusable.
+    """
+    row_B, start_B, y_BK = examples.moved(ids_B, move_s, seed, step, index_B)
+    parts = read_parts(examples.cache, row_B, start_B, examples.samples, index_B, max_channels, micro, seed, step)
+    if examples.coverage:
+        y_BK = examples.seizures(row_B, start_B, stretch_s)
+    return [Piece(part, torch.from_numpy(y_BK[np.searchsorted(index_B, part.index_B)])) for part in parts]

@@ -4,14 +4,19 @@ What a model said of examples, held against what is true: one table for the mode
 Shape letters: B examples, K targets, N units that are scored (examples, or subjects), R recordings, T stretches of a recording.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from lib import scores, seizures
 from lib.cache import Cache
+from lib.command import json_line
 from lib.seizures import Counts
+from lib.store import write_atomic
 from lib.targets import Target
 from lib.windows import SEIZURE
 
@@ -70,6 +75,20 @@ def constant(target: Target, count: int) -> np.ndarray:
         return np.full((count, 1), target.mean)
     share = 1 / np.array(target.weights)
     return np.tile(share / share.sum(), (count, 1))
+
+
+def val_scores(targets: Sequence[Target], said: Said, cache: Cache) -> dict[str, float]:
+    """What the log says of the val split: the loss that a model is chosen by, and each target's main score."""
+    values = {"val_loss": float(said.loss_K.mean())}
+    if targets[0].source == SEIZURE:
+        y, p = said.y_BK.ravel() > 0, said.said[0].ravel()
+        return values | {"val_seizure_auroc": scores.area_under_roc(y, p) if 0 < y.sum() < len(y) else math.nan}
+    for k, target in enumerate(targets):
+        u = units(target, k, said.said[k], said.y_BK, said.row_B, cache)
+        if len(u.y_N):
+            name = MAIN[target.kind]
+            values[f"val_{target.name}_{name}"] = score_units(target, u, 0)[name][0]
+    return values
 
 
 # ----------------------------------------------------------------------------
@@ -158,6 +177,20 @@ def tabulate(
     return table
 
 
+def summary(targets: Sequence[Target], table: Sequence[dict]) -> dict:
+    """What a command prints of a table: the model's scores, their intervals, and what stands beside them."""
+    flat: dict[str, dict] = {}
+    for row in table:
+        flat.setdefault(row["model"], {})[f"{row['target']}_{row['metric']}"] = [row["value"], row["low"], row["high"]]
+    mine = flat.pop("model")
+    metrics = {name: value for name, (value, _, _) in mine.items()}
+    if {"challenge1_nrmse", "challenge2_nrmse"} <= metrics.keys():
+        metrics["challenge_score"] = scores.challenge_score(metrics["challenge1_nrmse"], metrics["challenge2_nrmse"])
+    intervals = {name: [low, high] for name, (_, low, high) in mine.items()}
+    scored_by = {t.name: t.scored_by for t in targets}
+    return {"metrics": metrics, "intervals": intervals, "baselines": flat, "scored_by": scored_by}
+
+
 def pool(pooled: dict[str, dict], ways: dict[str, dict], targets: Sequence[Target]) -> None:
     """Add what one fold said to what others did; a way that some fold lacks is dropped."""
     for target in targets:
@@ -174,6 +207,21 @@ def pool(pooled: dict[str, dict], ways: dict[str, dict], targets: Sequence[Targe
                     for n in ("y_N", "said_N", "subject_N", "first_N")
                 )
                 known[name] = Units(*columns)
+
+
+def write_scores(path: Path, table: Sequence[dict]) -> None:
+    """A table as JSON, one object per row."""
+    write_atomic(path, json.dumps(json.loads(json_line(table)), indent=1).encode())
+
+
+def write_events(
+    folder: Path, lines: Sequence[Timeline], found: Sequence[np.ndarray], cache: Cache, rate_hz: float
+) -> None:
+    """The found seizures as SzCORE annotation files, one per recording."""
+    folder.mkdir(exist_ok=True)
+    for line, found_N2 in zip(lines, found, strict=True):
+        name = cache.recordings[line.row].key.replace("/", "_")
+        write_atomic(folder / f"{name}.tsv", events_tsv(line, found_N2, rate_hz).encode())
 
 
 def predictions_csv(targets: Sequence[Target], said: Said, cache: Cache) -> str:

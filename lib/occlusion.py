@@ -13,7 +13,10 @@ import torch
 from lib.batches import Part
 from lib.cache import Cache
 from lib.channels import POSITIONS, TEN_TWENTY
+from lib.inference import Inference
+from lib.precision import autocast
 from lib.probe import BANDS_HZ
+from lib.targets import Examples
 
 MOST_SITES = (
     64  # electrodes that are taken away one by one; of larger or mixed montages the regions of the 10-20 system
@@ -65,3 +68,20 @@ def occlusion(
         for name, (low, high) in bands.items()
     }
     return by_site, by_band
+
+
+def occlude(inference: Inference, examples: Examples, most: int) -> tuple[dict[str, float], dict[str, float]]:
+    """`occlusion` of a model by its mean loss on at most `most` examples, spread evenly."""
+    ids, decoder, device = examples.even(most), inference.decoder, inference.device
+    pieces = [piece for chunk in inference.pieces(examples, ids) for piece in chunk]
+    known = [piece.y.to(device) for piece in pieces]
+
+    @torch.no_grad()
+    def loss_of(part: Part, i: int) -> float:
+        with autocast(device.type, inference.dtype):
+            out = decoder(part.to(device))
+        return float(decoder.loss(out, known[i]).sum()) / len(ids)
+
+    rows = np.unique(examples.locate(ids)[0]).tolist()
+    sites = sites_of(examples.cache, rows)
+    return occlusion(loss_of, [piece.part for piece in pieces], sites, examples.cache.rate_hz)

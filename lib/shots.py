@@ -6,6 +6,10 @@ Shape letters: B windows, X features, Q queries, N classes.
 
 import numpy as np
 
+from lib import classical
+from lib.inference import Inference
+from lib.targets import Examples
+
 QUERIES = 15  # per class and episode, at most
 
 
@@ -85,3 +89,19 @@ def few_shot(
         half = 1.96 * score_E.std(ddof=1) / np.sqrt(len(score_E))
         results[name] = (float(score_E.mean()), float(score_E.mean() - half), float(score_E.mean() + half))
     return results
+
+
+def score(
+    inference: Inference, examples: Examples, ids: np.ndarray, shots: int, episodes: int, seed: int
+) -> dict[str, tuple[float, float, float]] | None:
+    """`few_shot` of examples of one target of classes by the model's features and, where there are common sites, by band power."""
+    cache = examples.cache
+    z_BX, y_BK = inference.features(examples, ids)
+    row_B, start_B = examples.locate(ids)
+    sites = classical.Sites.of(cache, np.unique(row_B).tolist())
+    ways = {"model": z_BX.flatten(1).numpy()}
+    if sites:
+        ways["band_power"] = classical.described("band_power", sites, cache, row_B, start_B, examples.samples)
+    subject_B = np.array([cache.recordings[i].subject for i in row_B])
+    span_B3 = np.stack([row_B, start_B, start_B + examples.samples], 1)
+    return few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, shots, episodes, seed)
