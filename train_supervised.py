@@ -228,6 +228,8 @@ def check(cfg: Config) -> None:
         raise Unusable(
             "--mode probe has no output per stretch: take --mode finetune with --head-warmup 1 for a frozen encoder"
         )
+    if cfg.transfer != "none" and cfg.target == (SEIZURE,):
+        raise Unusable("--transfer moves features of windows, not of the stretches of seizures")
     if cfg.shots and not (cfg.init or cfg.evaluate):
         raise Unusable("--shots needs an encoder that knows something: --init FILE, or --evaluate MODEL")
     if sum(map(bool, (cfg.folds, cfg.shots, cfg.evaluate))) > 1 and not (cfg.shots and cfg.evaluate and not cfg.folds):
@@ -360,7 +362,10 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     steps = cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
     steps = 0 if mode == "probe" else steps
     warmup = max(1, round(cfg.warmup * steps))
-    wanted = {name: float(w) for name, _, w in (word.partition("=") for word in cfg.task_weights)}
+    try:
+        wanted = {name: float(w) for name, _, w in (word.partition("=") for word in cfg.task_weights)}
+    except ValueError:
+        raise Unusable(f"--task-weights {' '.join(cfg.task_weights)}: expected TARGET=NUMBER, as in age=0.3") from None
     if unknown := sorted(set(wanted) - {t.name for t in targets}):
         raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
 
@@ -557,6 +562,7 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
     names = ("window_s", "stride_s", "event_s", "stretch_s", "max_channels", "seed")
     where = cfg.where or tuple(meta["where"])
     cfg = replace(cfg, **{k: meta[k] for k in names}, target=tuple(t.name for t in decoder.targets), where=where)
+    check(cfg)  # again, now that the target is known
     rows = choose_rows(cfg, cache, "test")
     subjects = [cache.recordings[i].subject for i in rows]
     check_leak(inherited(meta, cfg.evaluate), subjects, labels_of(decoder.targets), cfg.allow_leak)

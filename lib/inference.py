@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lib.batches import Piece, read_parts, read_pieces
-from lib.errors import Unusable
 from lib.judgement import Said, Timeline, annotated
 from lib.precision import autocast
 from lib.readouts import Decoder
@@ -64,13 +63,11 @@ class Inference:
         """
         What the model says of examples, window by window, and its loss.
 
-        `transfer` moves their features to `source`, where those of the training data lie. Raises Unusable for seizures then.
+        `transfer` moves their features to `source`, where those of the training data lie; not for outputs per stretch.
         """
         decoder, moves = self.decoder, transfer != "none"
         said, losses, y = [], [], []
         row_B, start_B = examples.locate(ids)
-        if moves and decoder.reading.stretches:
-            raise Unusable("--transfer moves features of windows, not of the stretches of seizures")
         most = len(ids) if moves else MOST_AT_ONCE
         for first in range(0, len(ids), most):
             z_BX, y_BK = self.features(examples, ids[first : first + most])

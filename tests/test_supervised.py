@@ -170,6 +170,8 @@ def test_seizures_are_found_and_written(cache, tmp_path):
     assert kind == "sz" and float(onset) == pytest.approx(12, abs=2) and float(duration) == pytest.approx(12, abs=4)
     evaluated = main(Config(cache=(str(cache),), name=str(tmp_path / "sze"), evaluate=results["model"], resamples=20))
     assert evaluated["recordings"] == 2 and evaluated["metrics"]["seizure_szcore_f1"] == 1
+    with pytest.raises(Unusable, match="not of the stretches"):
+        main(Config(cache=(str(cache),), evaluate=results["model"], transfer="coral"))
     with pytest.raises(Unusable, match="no window is seizure in part"):
         main(config(cache, tmp_path / "none", **(words | {"where": ("task=Rest",)})))
 
@@ -327,6 +329,8 @@ def test_flags_that_make_no_sense_are_refused(cache, tmp_path):
         (dict(waveform=-1.0), "--waveform"),
         (dict(window_s=2.3), "no whole number of patches"),
         (dict(target=("challenge1", "age"), task_weights=("sex=1",)), "no such target"),
+        (dict(target=("challenge1", "age"), task_weights=("age=much",)), "expected TARGET=NUMBER"),
+        (dict(target=("seizure",), transfer="coral"), "not of the stretches"),
     ):
         with pytest.raises(Unusable, match=said):
             main(config(cache, tmp_path / "no", **words))
