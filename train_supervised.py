@@ -45,6 +45,7 @@ from lib import (
 )
 from lib.batches import Piece, read_pieces
 from lib.cache import Cache
+from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
 from lib.evaluation import Fitted
 from lib.flops import StepCost, matmul_rate
@@ -62,8 +63,10 @@ from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, Uniform
 from lib.store import write_atomic
 from lib.targets import WINDOW_S, Examples, Target, balanced, read_targets
 from lib.traits import class_name
-from lib.transfer import Domain, Transfer, groups, moved
+from lib.transfer import Domain, Offsets, Transfer, groups, moved
 from lib.windows import SEIZURE
+
+FITTED = 4096  # windows that the heads are fitted on before training
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ class Config(RunConfig):
         "challenge1",
     )  # challenge1, challenge2, seizure, columns, event labels (A+B: which of them)
     mode: Literal["auto", "scratch", "probe", "finetune"] = "auto"  # auto: finetune with --init, else scratch
-    readout: Literal["auto", "mean", "attention", "prelocal", "postlocal", "contextual"] = (
-        "auto"  # from tokens to features; the last three are S-JEPA's; auto: mean for a probe, contextual after events, else attention
+    readout: Literal["auto", "mean", "sites", "attention", "prelocal", "postlocal", "contextual"] = (
+        "auto"  # from tokens to features; the last three are S-JEPA's; auto: contextual after events, attention for seizures, else sites
     )
+    fitted_head: bool = True  # training starts from the heads that a probe would fit; not for seizures
     filters: int = 8  # spatial filters of a readout, or means of `attention`
     score_by: Literal["auto", "window", "subject"] = (
         "auto"  # what one score is of; auto: subject, where a label is constant in each
@@ -131,6 +135,7 @@ class Config(RunConfig):
     baseline_windows: int = 2000  # examples that the classical baselines are fitted on; 0: no baselines
     resamples: int = 300  # of the subjects, for intervals
     occlusion_windows: int = 128  # examples for what electrodes and bands matter; 0: leave it out
+    eval_every: int = 50  # steps between validations; 0: only at the end
     keep: int = 3  # models of lowest val_loss kept in best/; the best is the result
     lineage: tuple[str, ...] = ()  # run whole lineages instead: full no_contrastive no_auxiliary supervised_only
     pretrain_steps: int = 400  # of each earlier phase, in --lineage
@@ -214,16 +219,18 @@ def check(cfg: Config) -> None:
     )
     if not (0 <= cfg.warmup <= 1 and 0 <= cfg.head_warmup <= 1 and 0 <= cfg.unfreeze <= 1 and 0 < cfg.lr_decay <= 1):
         raise Unusable("--warmup, --head-warmup and --unfreeze must lie in 0 to 1, and --lr-decay above 0 and up to 1")
-    if cfg.folds in (1, 2) or cfg.folds < 0:
-        raise Unusable(f"--folds {cfg.folds}: at least three (to train on, choose by and score), or 0 for none")
+    least = 2 if cfg.mode == "probe" else 3
+    if cfg.folds and cfg.folds < least:
+        raise Unusable(
+            f"--folds {cfg.folds}: at least three (to train on, choose by and score), two for a probe, or 0 for none"
+        )
     if cfg.mode in ("probe", "finetune") and not cfg.init:
         raise Unusable(f"--mode {cfg.mode} needs an encoder: --init runs/NAME/encoder.safetensors")
     if cfg.mode == "scratch" and cfg.init:
         raise Unusable("--mode scratch starts from nothing: leave out --init, or take --mode finetune")
-    if cfg.mode == "probe" and cfg.readout not in ("auto", "mean", "contextual"):
-        raise Unusable(
-            f"--mode probe fits the head in one go and can't train --readout {cfg.readout}: take mean or contextual"
-        )
+    if cfg.mode == "probe" and cfg.readout not in ("auto", "mean", "sites", "contextual"):
+        words = f"can't train --readout {cfg.readout}: take mean, sites or contextual"
+        raise Unusable(f"--mode probe fits the head in one go and {words}")
     if cfg.mode == "probe" and cfg.target == (SEIZURE,):
         raise Unusable(
             "--mode probe has no output per stretch: take --mode finetune with --head-warmup 1 for a frozen encoder"
@@ -241,11 +248,23 @@ def waveform_factor(cfg: Config) -> float:
     return cfg.waveform if cfg.waveform is not None else 5.0 if "challenge1" in cfg.target else 1.0
 
 
-def readout_of(cfg: Config, targets: list[Target]) -> Kind:
-    """The readout asked for; by itself one that keeps the order of patches where windows follow events."""
+def readout_of(cfg: Config, examples: Examples) -> Kind:
+    """The readout asked for; by itself one that keeps what the target needs: the order of patches, or where on the head they come from."""
     if cfg.readout != "auto":
         return cfg.readout
-    return "mean" if cfg.mode == "probe" else "contextual" if any(t.source == "event" for t in targets) else "attention"
+    if examples.coverage:
+        return "attention"
+    if cfg.mode != "probe" and any(t.source == "event" for t in examples.targets):
+        return "contextual"
+    return "sites" if len(site_names(examples)) > 1 else "mean"
+
+
+def site_names(examples: Examples) -> tuple[str, ...]:
+    """The electrodes that all recordings have, the 10-20 system if they differ; none if the place of one isn't known."""
+    rows = np.unique(examples.locate(np.arange(len(examples)))[0])
+    names = {examples.cache.recordings[i].names for i in rows}
+    known = all(name in POSITIONS for one in names for name in one)
+    return () if not known else names.pop() if len(names) == 1 else TEN_TWENTY
 
 
 def plan_reading(cfg: Config, examples: Examples, patch: int) -> Reading:
@@ -258,7 +277,8 @@ def plan_reading(cfg: Config, examples: Examples, patch: int) -> Reading:
     stretches = patch / (cfg.stretch_s * examples.cache.rate_hz) if examples.coverage else 0
     if stretches % 1:
         raise Unusable(f"--stretch-s {cfg.stretch_s:g} doesn't divide a patch of {patch / examples.cache.rate_hz:g} s")
-    return Reading(readout_of(cfg, examples.targets), examples.samples // patch, cfg.filters, int(stretches))
+    sites = site_names(examples) or TEN_TWENTY
+    return Reading(readout_of(cfg, examples), examples.samples // patch, cfg.filters, int(stretches), sites)
 
 
 def parameter_groups(cfg: Config, decoder: Decoder, weights: TaskWeights, mode: str, steps: int) -> list[dict]:
@@ -293,21 +313,24 @@ def val_ids(cfg: Config, val: Examples) -> np.ndarray:
 # training
 
 
-def fit_probe(inference: Inference, train: Examples, transfer: Transfer) -> Domain:
+def fit_heads(inference: Inference, train: Examples, most: int, transfer: Transfer, offsets: Offsets) -> Domain:
     """
     Fit the heads on frozen features at once: ridge or logistic regression, penalty by cross-validation over subjects.
 
-    `transfer` moves the training features too, so that heads learn from what they will see; returns where they lay.
+    `transfer` moves the training features of at most so many examples (0: all) too, so that heads learn from what they will see; returns
+    where they lay, and leaves in `offsets` how far each subject's were from there.
     """
-    ids, decoder = train.even(0), inference.decoder
+    ids, decoder = train.even(most), inference.decoder
     z_BX, y_BK = (t.double().numpy() for t in inference.features(train, ids))
     row_B, _ = train.locate(ids)
-    domain = Domain.of(z_BX)
+    domain, subject_B = Domain.of(z_BX), classical.subjects(train.cache, row_B)
+    offsets.measure(z_BX, subject_B)
     z_BX = moved(z_BX, groups(train.cache, row_B, transfer), transfer, domain)
-    subject_B = np.array([train.cache.recordings[i].subject for i in row_B])
     for k, (target, head) in enumerate(zip(decoder.targets, decoder.heads, strict=True)):
         known_B = np.isfinite(y_BK[:, k])
         y_B = y_BK[known_B, k].astype(int) if target.classes else y_BK[known_B, k]
+        if not len(y_B) or target.classes and len(set(y_B)) < 2:  # nothing to tell apart among these
+            continue
         linear = classical.fit_linear(z_BX[known_B], y_B, subject_B[known_B], len(target.classes))
         weight_XO = linear.weight_FK / linear.spread_F[:, None]
         with torch.no_grad():
@@ -381,8 +404,9 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         with torch.no_grad():
             encoder.embed.samples.weight *= waveform_factor(cfg)
     decoder = Decoder(encoder, reading, targets).to(device).train()
+    offsets = Offsets([cache.recordings[i].subject for i in rows["train"]], decoder.readout.width).to(device)
     weights = TaskWeights([wanted.get(t.name, 1.0) for t in targets], cfg.balance == "uncertainty").to(device)
-    modules = {"decoder": decoder, "weights": weights}
+    modules = {"decoder": decoder, "weights": weights, "offsets": offsets}
     optimizer = torch.optim.AdamW(parameter_groups(cfg, decoder, weights, mode, max(1, steps)), lr=cfg.lr, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {"step": 0, "dtype": None, "recent": [], "best": []} | recovery.fresh(cfg.micro)
@@ -400,13 +424,18 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
 
     def watch() -> dict[str, float]:
         decoder.eval()
-        values = judgement.val_scores(targets, inference.predict(val, val_at), cache)
+        source = None if cfg.transfer == "none" else evaluation.domain_of(inference, train)
+        values = judgement.val_scores(targets, inference.predict(val, val_at, cfg.transfer, source), cache)
         if path := run.among_best(state, values["val_loss"], cfg.keep):
             save_model(path, decoder, meta | {"step": state["step"]})
         decoder.train()
         return values
 
     if state["step"] == 0 and mode != "probe" and not state["best"]:
+        if cfg.fitted_head and not train.coverage:
+            decoder.eval()
+            fit_heads(inference, train, FITTED, cfg.transfer, offsets)
+            decoder.train()
         if ranks.first:
             run.log(0, **watch())
         run.save(state, modules, optimizer)
@@ -419,6 +448,11 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         every_K = np.array([cfg.batch])  # of the global batch: where there is no seizure is known too
         known_K = every_K if train.coverage else np.isfinite(train.values(sampler.ids(step))).sum(0)
         return draw(step, share, state["micro"], cfg.move_s), known_K
+
+    def offset_of(step: int, piece: Piece) -> torch.Tensor | None:
+        if cfg.transfer != "recentre":
+            return None
+        return offsets(classical.subjects(cache, train.locate(sampler.ids(step)[piece.part.index_B])[0]))
 
     loader = Prefetch(batch_of, state["step"], steps)
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
@@ -434,7 +468,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         try:
             for piece in (p.to(device) for p in pieces):
                 with autocast(device.type, state["dtype"]):
-                    out = told_by(piece.part)
+                    out = told_by(piece.part, offset_of(step, piece))
                 loss_K = decoder.loss(out, piece.y) / count_K
                 loss = weights(loss_K, len(piece.y) / cfg.batch)
                 loss.backward()
@@ -485,7 +519,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     if ranks.first:
         if mode == "probe":
             decoder.eval()
-            domain = fit_probe(inference, train, cfg.transfer)
+            domain = fit_heads(inference, train, 0, cfg.transfer, offsets)
             said = inference.predict(val, val_at, cfg.transfer, domain)
             run.log(0, **judgement.val_scores(targets, said, cache))
         chosen = state["best"][0][1] if state["best"] else state["step"]
@@ -510,7 +544,7 @@ def finish(
     train, val, score = (examples[k] for k in ("train", "val", "score"))
     if cfg.baseline_windows and not train.coverage:
         run.say("fitting the classical baselines")
-    fitted = evaluation.fit(inference, train, val, rows, cfg.baseline_windows)
+    fitted = evaluation.fit(inference, train, val, rows, cfg.baseline_windows, cfg.transfer)
     described, tensors = fitted.pack()
     path = run.directory / "model.safetensors"
     save_model(path, inference.decoder, meta | described, tensors)
@@ -577,10 +611,11 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
         run.log(meta["step"], event="test_opened", model=cfg.evaluate)
         fitted = Fitted.unpack(meta, tensors, len(decoder.targets))
         inference = inference_of(cfg, decoder.to(ranks.device), "float32" if cfg.dtype == "auto" else cfg.dtype)
-        ways, said = evaluation.compare(inference, fitted, score, rows, cfg.transfer)
+        transfer = meta["transfer"] if cfg.transfer == "none" else cfg.transfer  # heads that learned with it need it
+        ways, said = evaluation.compare(inference, fitted, score, rows, transfer)
         results = {
             "run": str(run.directory), "step": meta["step"], "mode": meta["mode"], "model": cfg.evaluate, "scored": "test",
-            "subjects": len(set(subjects)), "recordings": len(rows), "transfer": cfg.transfer, "detection": meta["detection"],
+            "subjects": len(set(subjects)), "recordings": len(rows), "transfer": transfer, "detection": meta["detection"],
             "windows_per_s": round(len(score) / max(run.seconds(), 1e-9), 1),
         }  # fmt: skip
         results = leave(cfg, run, inference, score, ways, said, results)
@@ -597,7 +632,7 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     if ranks.world > 1:
         raise Unusable("--folds runs in one process: leave torchrun out")
     rows = choose_rows(cfg, cache, None)
-    plan = fold_rows(cache, rows, cfg.folds)
+    plan = fold_rows(cache, rows, cfg.folds, chosen=cfg.mode != "probe")
     run, pooled, done = Run(cfg, __file__, ranks), {}, []
     for fold, of in enumerate(plan):
         name = run.directory / f"fold-{fold}"

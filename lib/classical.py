@@ -17,7 +17,8 @@ Shape letters: B windows, C channels, E sites, T samples, F features, K classes 
 
 import re
 import warnings
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -237,35 +238,70 @@ def probabilities(logit_BK: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Baseline:
-    """One way of telling one target; `mean_EE` is what covariances are relative to, `hz_K` the frequencies to correlate with."""
+    """
+    One way of telling one target; `mean_EE` is what covariances are relative to, `hz_K` the frequencies to correlate with.
+
+    Recentred: relative to each subject's own mean over its windows, without their labels (Zanini 2018).
+    """
 
     name: str
     sites: Sites
     linear: Linear | None = None
     mean_EE: np.ndarray | None = None
     hz_K: list[float] | None = None
+    recentred: bool = False
 
-    def features(self, x_BET: np.ndarray, rate_hz: float) -> np.ndarray:
-        if self.mean_EE is not None:
-            from pyriemann.tangentspace import TangentSpace
+    @property
+    def title(self) -> str:
+        """What it is called in tables and files."""
+        return title(self.name, self.recentred)
 
-            space = TangentSpace()
+    def measure(self, x_BET: np.ndarray, rate_hz: float) -> np.ndarray:
+        """Of each window by itself: features (B, F), or covariances (B, E, E)."""
+        return covariances(x_BET) if self.mean_EE is not None else FEATURES[self.name][0](x_BET, rate_hz)
+
+    def features(self, measured_B: np.ndarray, subject_B: np.ndarray) -> np.ndarray:
+        """What the linear model sees of what was measured, (B, F)."""
+        from pyriemann.tangentspace import TangentSpace
+
+        space = TangentSpace()
+        if not self.recentred:
+            if self.mean_EE is None:
+                return measured_B
             space.reference_ = self.mean_EE
-            return space.transform(covariances(x_BET))
-        return FEATURES[self.name][0](x_BET, rate_hz)
+            return space.transform(measured_B)
+        parts, order = [], []
+        for subject in np.unique(subject_B):
+            own = np.flatnonzero(subject_B == subject)
+            x_B = measured_B[own]
+            parts.append(x_B - x_B.mean(0) if self.mean_EE is None else space.fit(x_B).transform(x_B))
+            order.append(own)
+        return np.concatenate(parts)[np.argsort(np.concatenate(order))]
 
     def say(self, cache: Cache, target: Target, row_B: np.ndarray, start_B: np.ndarray, samples: int) -> np.ndarray:
         """Numbers in the target's unit (B, 1), or probabilities (B, classes)."""
-        said = []
+        measured = []
         for some in np.array_split(np.arange(len(row_B)), -(-len(row_B) // 256)):
             unit = cache.unit if self.name == "amplitude" else "model"
             x_BET = self.sites.read(cache, row_B[some], start_B[some], samples, unit)
-            if self.hz_K:
-                said.append(probabilities(20 * correlations_with(x_BET, cache.rate_hz, self.hz_K)))
-                continue
-            out_BK = self.linear(self.features(x_BET, cache.rate_hz))
-            said.append(probabilities(out_BK) if target.classes else target.decode(out_BK))
-        return np.concatenate(said)
+            measured.append(
+                correlations_with(x_BET, cache.rate_hz, self.hz_K) if self.hz_K else self.measure(x_BET, cache.rate_hz)
+            )
+        measured_B = np.concatenate(measured)
+        if self.hz_K:
+            return probabilities(20 * measured_B)
+        out_BK = self.linear(self.features(measured_B, subjects(cache, row_B)))
+        return probabilities(out_BK) if target.classes else target.decode(out_BK)
+
+
+def title(name: str, recentred: bool) -> str:
+    """The name of a baseline in tables and files."""
+    return f"{name}_recentred" if recentred else name
+
+
+def subjects(cache: Cache, row_B: np.ndarray) -> np.ndarray:
+    """Whose windows these are."""
+    return np.array([cache.recordings[i].subject for i in row_B])
 
 
 def described(
@@ -285,9 +321,13 @@ def frequencies(classes: tuple[str, ...]) -> list[float] | None:
 
 
 def fit_baselines(
-    cache: Cache, examples: Examples, k: int, most: int, ids_B: np.ndarray | None = None
+    cache: Cache, examples: Examples, k: int, most: int, ids_B: np.ndarray | None = None, recentred: bool = False
 ) -> list[Baseline]:
-    """Baselines of target `k`, fitted on at most `most` examples (or on `ids_B`); those the signals don't allow are left out."""
+    """
+    Baselines of target `k`, fitted on at most `most` examples (or on `ids_B`); those the signals don't allow are left out.
+
+    `recentred`: band power and tangent space a second time, relative to each subject's own mean.
+    """
     target = examples.targets[k]
     ids_B = examples.even(most, k) if ids_B is None else ids_B
     row_B, start_B = examples.locate(ids_B)
@@ -295,7 +335,7 @@ def fit_baselines(
     sites = Sites.of(cache, np.unique(row_B).tolist())
     if sites is None or not len(ids_B) or (target.classes and len(set(y_B)) < 2):
         return []
-    subject_B = np.array([cache.recordings[i].subject for i in row_B])
+    subject_B = subjects(cache, row_B)
     x_BET = sites.read(cache, row_B, start_B, examples.samples, "model")
     names = ["band_power", "amplitude"]
     names += ["envelope_spectrum"] if cache.signal["kind"] == "vibration" else ["lagged_correlations"]
@@ -305,10 +345,13 @@ def fit_baselines(
         from pyriemann.tangentspace import TangentSpace
 
         made.append(Baseline("tangent_space", sites, mean_EE=TangentSpace().fit(covariances(x_BET)).reference_))
+    if recentred:
+        twice = [b for b in made if b.name in ("band_power", "tangent_space")]
+        made += [replace(b, recentred=True, mean_EE=copy(b.mean_EE)) for b in twice]
     for baseline in made:
         own = baseline.name == "amplitude"
         signal = sites.read(cache, row_B, start_B, examples.samples, cache.unit) if own else x_BET
-        features_BF = baseline.features(signal, cache.rate_hz)
+        features_BF = baseline.features(baseline.measure(signal, cache.rate_hz), subject_B)
         baseline.linear = fit_linear(
             features_BF, y_B.astype(int) if target.classes else y_B, subject_B, len(target.classes)
         )
@@ -328,12 +371,13 @@ def pack(baselines: list[list[Baseline]]) -> tuple[list[dict], dict[str, torch.T
                     "sites": b.sites.names,
                     "interpolated": b.sites.interpolated,
                     "hz": b.hz_K,
+                    "recentred": b.recentred,
                 }
             )
             arrays = {} if b.linear is None else vars(b.linear)
             arrays = arrays | ({} if b.mean_EE is None else {"mean_EE": b.mean_EE})
             tensors |= {
-                f"baseline.{k}.{b.name}.{n}": torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()
+                f"baseline.{k}.{b.title}.{n}": torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()
             }
     return described, tensors
 
@@ -342,12 +386,13 @@ def unpack(described: list[dict], tensors: dict[str, torch.Tensor], targets: int
     """What `pack` was given."""
     baselines: list[list[Baseline]] = [[] for _ in range(targets)]
     for d in described:
-        start = f"baseline.{d['target']}.{d['name']}."
+        recentred = d.get("recentred", False)  # files from before there was such a thing say nothing of it
+        start = f"baseline.{d['target']}.{title(d['name'], recentred)}."
         arrays = {n.removeprefix(start): t.numpy() for n, t in tensors.items() if n.startswith(start)}
         sites = Sites(tuple(d["sites"]), d["interpolated"])
         mean_EE = arrays.pop("mean_EE", None)
         baselines[d["target"]].append(
-            Baseline(d["name"], sites, Linear(**arrays) if arrays else None, mean_EE, d["hz"])
+            Baseline(d["name"], sites, Linear(**arrays) if arrays else None, mean_EE, d["hz"], recentred)
         )
     return baselines
 

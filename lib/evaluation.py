@@ -60,8 +60,14 @@ class Fitted:
         )
 
 
-def fit(inference: Inference, train: Examples, val: Examples, rows: dict[str, list[int]], most: int) -> Fitted:
-    """Baselines on at most `most` training examples (0: none), thresholds on the recordings of val, by `rows` of each split."""
+def fit(
+    inference: Inference, train: Examples, val: Examples, rows: dict[str, list[int]], most: int, transfer: Transfer
+) -> Fitted:
+    """
+    Baselines on at most `most` training examples (0: none), thresholds on the recordings of val, by `rows` of each split.
+
+    With transfer `recentre` baselines are recentred too, because a model may be compared only with what knows as much.
+    """
     cache, targets = train.cache, range(len(train.targets))
     fitted = Fitted([[] for _ in targets])
     if train.coverage:
@@ -74,10 +80,15 @@ def fit(inference: Inference, train: Examples, val: Examples, rows: dict[str, li
             fitted.detection_seconds = judgement.choose_detection(own, rate_hz)
         return fitted
     if most:
-        fitted.baselines = [classical.fit_baselines(cache, train, k, most) for k in targets]
-    z_BX, _ = inference.features(train, train.even(most or FEATURES))
-    fitted.domain = Domain.of(z_BX.double().numpy())
+        recentred = transfer == "recentre"
+        fitted.baselines = [classical.fit_baselines(cache, train, k, most, recentred=recentred) for k in targets]
+    fitted.domain = domain_of(inference, train, most)
     return fitted
+
+
+def domain_of(inference: Inference, train: Examples, most: int = 0) -> Domain:
+    """Where the features of the training data lie, by at most so many examples (0: some)."""
+    return Domain.of(inference.features(train, train.even(most or FEATURES))[0].double().numpy())
 
 
 def compare(
@@ -86,7 +97,8 @@ def compare(
     """
     What the model, the constant and the baselines say of recordings `rows`: per target and way Units, or timelines and found seizures.
 
-    Also what the model says of each example, unless the target is seizures. Raises Unusable if a target has no known value.
+    `hybrid` is the mean of what model and tangent space say, of log-probabilities where there are classes. Also what the model says of each
+    example, unless the target is seizures. Raises Unusable if a target has no known value.
     """
     if examples.coverage:
         return {SEIZURE: compare_seizures(inference, fitted, examples, rows)}, None
@@ -100,14 +112,26 @@ def compare(
         known_B = np.flatnonzero(np.isfinite(said.y_BK[:, k]))
         row_B, start_B = said.row_B[known_B], said.start_B[known_B]
         for baseline in fitted.baselines[k]:
+            if baseline.recentred and transfer != "recentre":
+                continue
             if not baseline.sites.fits(cache, np.unique(row_B).tolist()):
-                words = f"{baseline.name} of {target.name} is left out: other electrodes than it was fitted on"
+                words = f"{baseline.title} of {target.name} is left out: other electrodes than it was fitted on"
                 print(words, file=sys.stderr)
                 continue
             told_BC = np.full((len(said.row_B), max(1, len(target.classes))), np.nan)
             told_BC[known_B] = baseline.say(cache, target, row_B, start_B, examples.samples)
-            ways[target.name][baseline.name] = judgement.units(target, k, told_BC, said.y_BK, said.row_B, cache)
+            ways[target.name][baseline.title] = judgement.units(target, k, told_BC, said.y_BK, said.row_B, cache)
+            if baseline.name == "tangent_space" and baseline.recentred == (transfer == "recentre"):
+                both_BC = hybrid(said.said[k], told_BC, bool(target.classes))
+                ways[target.name]["hybrid"] = judgement.units(target, k, both_BC, said.y_BK, said.row_B, cache)
     return ways, said
+
+
+def hybrid(a_BC: np.ndarray, b_BC: np.ndarray, classes: bool) -> np.ndarray:
+    """The mean of what two models say: of numbers, or of the logarithms of probabilities."""
+    if not classes:
+        return (a_BC + b_BC) / 2
+    return classical.probabilities((np.log(a_BC + 1e-9) + np.log(b_BC + 1e-9)) / 2)
 
 
 def compare_seizures(inference: Inference, fitted: Fitted, examples: Examples, rows: Sequence[int]) -> dict[str, tuple]:

@@ -169,8 +169,10 @@ class Decoder(nn.Module):
         """Per target standardised numbers (B, 1) or logits (B, classes); with stretches logits (B, S) of a seizure."""
         return [head(z_BX).flatten(1) for head in self.heads]
 
-    def forward(self, part: Part) -> list[torch.Tensor]:
-        return self.read(self.features(part))
+    def forward(self, part: Part, offset_BX: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What `read` gives, of features less an offset."""
+        z_BX = self.features(part)
+        return self.read(z_BX if offset_BX is None else z_BX - offset_BX)
 
     def loss(self, out: list[torch.Tensor], y_BK: torch.Tensor) -> torch.Tensor:
         """

@@ -6,14 +6,16 @@ From one data set, person or day to another without labels: features are moved t
     adabn      mean and deviation of each data set (AdaBN, Li 2016: the statistics of a normalisation are the domain's own)
     coral      covariance of each data set (Sun 2016)
 
-Shape letters: B windows, X features.
+Shape letters: B windows, S subjects, X features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from lib.cache import Cache
 from lib.errors import Unusable
@@ -48,6 +50,29 @@ class Domain:
         return cls(
             **{n.removeprefix("domain."): t.double().numpy() for n, t in tensors.items() if n.startswith("domain.")}
         )
+
+
+class Offsets(nn.Module):
+    """
+    How far each training subject's features lie from the mean of all (S, X), as measured when the heads were fitted.
+
+    Training takes it away, because --transfer recentre scores features without it.
+    """
+
+    def __init__(self, subjects: Sequence[str], width: int):
+        super().__init__()
+        self.place = {subject: i for i, subject in enumerate(sorted(set(subjects)))}
+        self.register_buffer("offset_SX", torch.zeros(len(self.place), width))
+
+    def measure(self, z_BX: np.ndarray, subject_B: np.ndarray) -> None:
+        """Of features of at least some windows of each subject; 0 for the others."""
+        for subject in np.unique(subject_B):
+            away_X = z_BX[subject_B == subject].mean(0) - z_BX.mean(0)
+            self.offset_SX[self.place[subject]] = torch.from_numpy(away_X)
+
+    def forward(self, subjects: Sequence[str]) -> torch.Tensor:
+        """(B, X)."""
+        return self.offset_SX[[self.place[s] for s in subjects]]
 
 
 def groups(cache: Cache, row_B: np.ndarray, how: Transfer) -> np.ndarray:

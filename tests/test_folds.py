@@ -17,5 +17,10 @@ def test_folds_part_subjects():
         subjects = [{cache.recordings[i].subject for i in part[name]} for name in ("train", "val", "score")]
         assert all(subjects) and len(set.union(*subjects)) == sum(map(len, subjects)) == 7
         assert part["val"] == plan[(fold + 1) % 3]["score"]
+    for part in fold_rows(cache, rows, 2, chosen=False):
+        assert part["val"] == part["score"] and sorted(part["train"] + part["score"]) == rows
+        assert not {cache.recordings[i].subject for i in part["train"]} & {
+            cache.recordings[i].subject for i in part["score"]
+        }
     with pytest.raises(Unusable, match="there are 7 subjects"):
         fold_rows(cache, rows, 8)
