@@ -255,6 +255,44 @@ def test_leaks_are_refused(cache, encoder, tmp_path):
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
+def test_training_starts_from_the_heads_of_a_probe(cache, encoder, tmp_path):
+    words = EYES | dict(init=str(encoder), readout="sites", max_channels=0)
+    main(config(cache, tmp_path / "probe", mode="probe", **words))
+    main(config(cache, tmp_path / "tuned", steps=8, waveform=1.0, **words))
+    main(config(cache, tmp_path / "bare", steps=8, waveform=1.0, fitted_head=False, **words))
+    probe, tuned, bare = (log(tmp_path / name)[0]["val_loss"] for name in ("probe", "tuned", "bare"))
+    assert tuned == pytest.approx(probe, rel=1e-4) and bare == pytest.approx(np.log(2), rel=1e-6)
+    decoder = load_model(tmp_path / "tuned" / "best" / "step-000000.safetensors")[0]
+    assert (
+        decoder.reading.kind == "sites" and len(decoder.reading.sites) == 8 and decoder.heads[0].weight.abs().max() > 0
+    )
+
+
+def test_recentring_is_learned_with_and_kept_with_the_model(cache, tmp_path):
+    run = tmp_path / "run"
+    results = main(config(cache, run, **EYES, steps=8, transfer="recentre"))
+    ways = results["baselines"]
+    assert {"tangent_space", "tangent_space_recentred", "band_power_recentred", "hybrid"} <= ways.keys()
+    state = load_tensors(run / "state.safetensors")[0]
+    offsets = next(t for name, t in state.items() if name.endswith("offset_SX"))
+    assert (
+        len(offsets) == 6
+        and offsets.abs().sum(1).min() > 0
+        and offsets.sum(0).abs().max() < 0.5 * offsets.abs().sum(0).max()
+    )
+    test = main(config(cache, tmp_path / "test", evaluate=str(run / "model.safetensors")))
+    assert test["transfer"] == "recentre" and "tangent_space_recentred" in test["baselines"]
+
+
+def test_a_probe_takes_two_folds_because_it_chooses_nothing(cache, encoder, tmp_path):
+    run = tmp_path / "run"
+    words = EYES | dict(mode="probe", init=str(encoder), allow_leak=True, baseline_windows=0)
+    results = main(config(cache, run, folds=2, **words))
+    assert len(results["folds"]) == 2
+    subjects = [set(load_tensors(run / f"fold-{i}" / "model.safetensors")[1]["subjects"]) for i in (0, 1)]
+    assert not subjects[0] & subjects[1] and len(subjects[0] | subjects[1]) == 10
+
+
 @pytest.mark.slow
 def test_folds_score_every_subject_once_by_a_model_that_never_saw_it(cache, tmp_path):
     results = main(
