@@ -593,9 +593,7 @@ def leave(
 def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
     """Score a model on the test split, with the target, windows and thresholds it was made with. Raises Unusable."""
     decoder, meta, tensors = load_model(cfg.evaluate, cache)
-    names = ("window_s", "stride_s", "event_s", "stretch_s", "max_channels", "seed")
-    where = cfg.where or tuple(meta["where"])
-    cfg = replace(cfg, **{k: meta[k] for k in names}, target=tuple(t.name for t in decoder.targets), where=where)
+    cfg = as_trained(cfg, decoder, meta)
     check(cfg)  # again, now that the target is known
     rows = choose_rows(cfg, cache, "test")
     subjects = [cache.recordings[i].subject for i in rows]
@@ -623,6 +621,13 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
     return results
 
 
+def as_trained(cfg: Config, decoder: Decoder, meta: dict) -> Config:
+    """The target and windows that a model was made with; which recordings, if --where doesn't say otherwise."""
+    names = ("window_s", "stride_s", "event_s", "stretch_s", "max_channels", "seed")
+    where = cfg.where or tuple(meta["where"])
+    return replace(cfg, **{k: meta[k] for k in names}, target=tuple(t.name for t in decoder.targets), where=where)
+
+
 def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     """
     Every subject of train and val scored by a model that never saw it: folds over subjects, the next fold chooses the model.
@@ -646,7 +651,7 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     table = judgement.tabulate(targets, pooled, cache, 1 / cfg.stretch_s, cfg.resamples)
     judgement.write_scores(run.directory / "scores.json", table)
     results = {
-        "run": str(run.directory), "step": cfg.steps, "folds": done, "scored": f"{cfg.folds} folds over subjects of train and val",
+        "run": str(run.directory), "step": last["step"], "folds": done, "scored": f"{cfg.folds} folds over subjects of train and val",
         **judgement.summary(targets, table), "windows_per_s": last["windows_per_s"], "seconds": round(run.seconds(), 1),
         "detection": meta["detection"], "scores": str(run.directory / "scores.json"), "report": str(run.directory / "report.html"),
     }  # fmt: skip
@@ -657,11 +662,12 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
 
 def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     """Prototypes of --shots windows per class, on features of an encoder (val) or of a model (test), beside band power. Raises Unusable."""
+    if ranks.world > 1:
+        raise Unusable("--shots runs in one process: leave torchrun out")
     if cfg.evaluate:
         split, (decoder, meta, _) = "test", load_model(cfg.evaluate, cache)
         targets, lineage = decoder.targets, inherited(meta, cfg.evaluate)
-        names = tuple(t.name for t in targets)
-        cfg = replace(cfg, target=names, window_s=meta["window_s"], stride_s=meta["stride_s"])
+        cfg = as_trained(cfg, decoder, meta)
         rows = choose_rows(cfg, cache, split)
         examples = Examples(cache, targets, rows, *lengths(cfg), cfg.event_s)
     else:
