@@ -47,7 +47,7 @@ from lib.errors import Unusable
 from lib.films import Curves, Films
 from lib.flops import StepCost, matmul_rate
 from lib.grid import mean_of, take
-from lib.lineage import auxiliary_targets, check_leak, trained_on
+from lib.lineage import auxiliary_targets, check_leak, loudness, trained_on
 from lib.losses import layer_normed, loss_latent
 from lib.masks import draw_masks
 from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
@@ -63,6 +63,7 @@ from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps
 from lib.tensors import load_tensors, save_tensors
 from lib.views import Strength, draws, make_view
 
+WAVEFORM = 5.0  # how loud raw samples start for movies
 EVAL_STEP = 2**30  # from here on, "steps" whose random numbers draw pairs, views and masks of the validation windows
 
 
@@ -103,7 +104,9 @@ class Config(RunConfig):
     layers: int = 4  # depth
     heads: int = 4  # attention heads
     patch_s: float = 1.0  # length of a token, s
-    waveform: float | None = None  # factor on raw samples' weights at the start; none: 5 for movies, else 1
+    waveform: float | None = (
+        None  # factor on raw samples' weights at the start; none: what makes 5 with earlier phases for movies, else 1
+    )
     # objective
     loss: Literal["infonce", "ntxent", "supcon", "vicreg"] = "ntxent"  # negatives from the other half, or from both
     temperature: float = 0.1  # of the similarities; where learning starts
@@ -293,10 +296,10 @@ def check(cfg: Config, window: int, patch: int, ranks: Ranks) -> None:
     )
 
 
-def waveform_factor(cfg: Config) -> float:
+def waveform_factor(cfg: Config, lineage: list[dict]) -> float:
     """What the weights of raw samples are multiplied by at the start."""
     movies = any(text.partition(":")[0] == "movie" for text in cfg.pairs)
-    return cfg.waveform if cfg.waveform is not None else 5.0 if movies else 1.0
+    return cfg.waveform if cfg.waveform is not None else WAVEFORM / loudness(lineage) if movies else 1.0
 
 
 def pair_sampler(cfg: Config, cache: Cache, rows: list[int]) -> PairSampler:
@@ -367,6 +370,7 @@ def main(cfg: Config) -> dict | None:
         "window_s": cfg.window_s,
         "run": run.name,
         "lineage": lineage,
+        "waveform": waveform_factor(cfg, lineage),
         **trained_on(cache, train),
     }
     if ranks.first:
@@ -387,7 +391,7 @@ def main(cfg: Config) -> dict | None:
             run.log(0, **values, **found, **signal)
             keep_before(run, shared | shared_signal, tables)
         with torch.no_grad():  # people who see the same share a waveform, of which phase 1's features have little
-            model.encoder.embed.samples.weight *= waveform_factor(cfg)
+            model.encoder.embed.samples.weight *= meta["waveform"]
         run.save(state, modules, optimizer)
 
     cost = StepCost(lambda part: model(part.to(device)), model)

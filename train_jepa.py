@@ -76,6 +76,7 @@ class Config(RunConfig):
     layers: int = 4  # depth
     heads: int = 4  # attention heads
     patch_s: float = 1.0  # length of a token, s
+    waveform: float = 1.0  # factor on raw samples' weights at the start; 5 keeps what a movie or a stimulus evokes
     init: str | None = None  # encoder.safetensors to start from; its architecture replaces the flags above
     # objective
     mask: Kind = (
@@ -275,7 +276,7 @@ def check(cfg: Config, window: int, patch: int) -> None:
     command.check_signs(
         cfg,
         positive="batch mask_patches predictor_layers lr clip log_every val_windows probe_windows steps epochs",
-        not_negative="micro max_channels eval_every save_every probe_epochs mask_radius_m weight_decay seed keep aux_weight visible vicreg sigreg",
+        not_negative="micro max_channels eval_every save_every probe_epochs mask_radius_m weight_decay seed keep aux_weight visible vicreg sigreg waveform",
     )
     if cfg.batch == 1 and (cfg.vicreg or cfg.sigreg):
         raise Unusable("--vicreg and --sigreg compare windows: they need a --batch of at least two")
@@ -309,6 +310,8 @@ def main(cfg: Config) -> dict | None:
     if not cfg.init:
         parts = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, patch, 0)
         encoder.embed.calibrate(torch.cat([p.good_patches(patch) for p in parts]))
+    with torch.no_grad():
+        encoder.embed.samples.weight *= cfg.waveform
     model = JEPA(encoder.train(), cfg.predictor, cfg.predictor_layers, traits).to(device)
     teacher = copy.deepcopy(model.encoder).requires_grad_(False).eval()
     modules, parameters = {"model": model, "teacher": teacher}, list(model.parameters())
@@ -323,7 +326,12 @@ def main(cfg: Config) -> dict | None:
         part = draw(train, sampler.ids(0)[some], some, cfg, cfg.micro, patch, 0)[0].to(device)
         state["dtype"] = choose_dtype(cfg.dtype, trial(model, teacher, part, cfg.visible), ranks)
     loss_of = torch.compile(jepa_loss) if cfg.compile else jepa_loss
-    meta = signal_meta(cache) | {"window_s": cfg.window_s, "run": run.name, "lineage": lineage}
+    meta = signal_meta(cache) | {
+        "window_s": cfg.window_s,
+        "run": run.name,
+        "lineage": lineage,
+        "waveform": cfg.waveform,
+    }
     meta |= trained_on(cache, rows, [t.name for t in traits])
     if ranks.first:
         ids = np.linspace(0, len(val) - 1, min(cfg.val_windows, len(val))).astype(np.int64)

@@ -51,7 +51,7 @@ from lib.evaluation import Fitted
 from lib.flops import StepCost, matmul_rate
 from lib.folds import fold_rows
 from lib.inference import MOST_AT_ONCE, Inference
-from lib.lineage import check_leak, inherited, trained_on
+from lib.lineage import check_leak, inherited, loudness, trained_on
 from lib.models import signal_meta, start_encoder
 from lib.optim import layer_groups, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
@@ -66,6 +66,7 @@ from lib.traits import class_name
 from lib.transfer import Domain, Offsets, Transfer, groups, moved
 from lib.windows import SEIZURE
 
+WAVEFORM = 5.0  # how loud raw samples start where a waveform is what counts
 FITTED = 4096  # windows that the heads are fitted on before training
 
 
@@ -107,7 +108,9 @@ class Config(RunConfig):
     layers: int = 4  # depth
     heads: int = 4  # attention heads
     patch_s: float = 0.5  # length of a token, s
-    waveform: float | None = None  # factor on raw samples' weights at the start; none: 5 for challenge1, else 1
+    waveform: float | None = (
+        None  # factor on raw samples' weights at the start; none: what makes 5 with earlier phases for challenge1, else 1
+    )
     # objective
     move_s: float = (
         0.3  # training windows of challenge1 are moved by up to so much, and their response times with them, s
@@ -243,9 +246,15 @@ def check(cfg: Config) -> None:
         raise Unusable("--folds goes with neither --shots nor --evaluate")
 
 
-def waveform_factor(cfg: Config) -> float:
+def waveform_factor(cfg: Config, lineage: list[dict]) -> float:
     """What the weights of raw samples are multiplied by at the start."""
-    return cfg.waveform if cfg.waveform is not None else 5.0 if "challenge1" in cfg.target else 1.0
+    return (
+        cfg.waveform
+        if cfg.waveform is not None
+        else WAVEFORM / loudness(lineage)
+        if "challenge1" in cfg.target
+        else 1.0
+    )
 
 
 def readout_of(cfg: Config, examples: Examples) -> Kind:
@@ -402,7 +411,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         encoder.embed.calibrate(torch.cat([p.part.good_patches(patch) for p in pieces]))
     if mode != "probe":  # a response to a stimulus is a waveform, of which phase 1's features have little
         with torch.no_grad():
-            encoder.embed.samples.weight *= waveform_factor(cfg)
+            encoder.embed.samples.weight *= waveform_factor(cfg, lineage)
     decoder = Decoder(encoder, reading, targets).to(device).train()
     offsets = Offsets([cache.recordings[i].subject for i in rows["train"]], decoder.readout.width).to(device)
     weights = TaskWeights([wanted.get(t.name, 1.0) for t in targets], cfg.balance == "uncertainty").to(device)

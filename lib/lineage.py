@@ -6,6 +6,7 @@ that a published file lists nobody; they are found again only in caches that nam
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,8 +27,13 @@ def trained_on(cache: Cache, rows: Iterable[int], auxiliary: Sequence[str] = ())
 
 def inherited(meta: dict, path: str | Path) -> list[dict]:
     """The lineage of what is trained or tuned from an encoder file: its own, and itself."""
-    own = {name: meta[name] for name in ("run", "step", "subjects", "auxiliary") if name in meta}
+    own = {name: meta[name] for name in ("run", "step", "subjects", "auxiliary", "waveform") if name in meta}
     return [*meta["lineage"], {"file": str(path), **own}]
+
+
+def loudness(lineage: Sequence[dict]) -> float:
+    """By what the phases so far have multiplied the weights of raw samples (--waveform)."""
+    return math.prod(phase.get("waveform", 1.0) for phase in lineage)
 
 
 def auxiliary_targets(lineage: Sequence[dict]) -> list[str]:

@@ -225,7 +225,9 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
 
 
 def test_movies_start_from_louder_waveforms(cache, straight, tmp_path):
-    assert [waveform_factor(Config(pairs=pairs)) for pairs in (("movie:1", "augment:1"), ("resting:1",))] == [5.0, 1.0]
+    kinds = (("movie:1", "augment:1"), ("resting:1",))
+    assert [waveform_factor(Config(pairs=pairs), []) for pairs in kinds] == [5.0, 1.0]
+    assert [waveform_factor(Config(pairs=pairs), [{"file": "x", "waveform": 5.0}]) for pairs in kinds] == [1.0, 1.0]
     init = straight / "encoder.safetensors"
     start, _ = load_encoder(init)
     for factor in (5.0, 0.0):

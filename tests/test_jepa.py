@@ -118,6 +118,17 @@ def test_probe_is_by_subject_and_stands_beside_its_baselines(straight):
     assert last["probe_sex"] < 0.8  # there is nothing to be found
 
 
+def test_raw_samples_start_as_loud_as_asked_and_the_file_says_so(cache, tmp_path):
+    weights = []
+    for factor in (1.0, 5.0):
+        run = tmp_path / f"by-{factor:g}"
+        main(config(cache, run, steps=1, lr=1e-30, waveform=factor, keep=1))
+        encoder, meta = load_encoder(run / "encoder.safetensors")
+        assert meta["waveform"] == factor
+        weights.append(encoder.embed.samples.weight)
+    torch.testing.assert_close(weights[1], 5 * weights[0])
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_ends_in_the_same_log_and_encoder(how, cache, straight, tmp_path):
     run = tmp_path / "broken"
