@@ -44,7 +44,7 @@ def write(
         inside += "<h3>worst windows</h3>"
         inside += report.rows_table(["recording", "start (s)", "loss"], [list(row.values()) for row in worst])
     opened = zip(cache.paths, cache.manifests, strict=True)
-    sources = [[str(path), manifest["sha256"][:16], len(cache.recordings)] for path, manifest in opened]
+    sources = [[str(path), m["sha256"][:16], m["counts"]["recordings"]] for path, m in opened]
     sections = [
         ("Scores", report.paragraph(words, warn=True) + report.score_tables(table)),
         ("What was said", told),

@@ -177,6 +177,7 @@ def model_file(folder, scale: str = "robust", targets=None, readout: str = "atte
     options |= {"scale": scale, "causal": True} | signal
     meta = {"signal": options, "rate_hz": 100.0, "channels": list(NAMES), "window_s": 1.0, "lineage": []}
     folder.mkdir(parents=True, exist_ok=True)
+    meta["transfer"] = options.pop("transfer", "none")
     save_model(folder / "model.safetensors", decoder, meta)
     return folder / "model.safetensors"
 
@@ -192,7 +193,7 @@ def said_by(file, x_NCT: np.ndarray, target: int = 1) -> np.ndarray:
         return decoder.say(decoder(part))[target].double().numpy()
 
 
-@pytest.mark.parametrize("kind", ["mean", "attention", "prelocal", "contextual"])
+@pytest.mark.parametrize("kind", ["mean", "sites", "attention", "prelocal", "contextual"])
 def test_an_encoder_says_what_its_model_says(tmp_path, kind):
     file = model_file(tmp_path, readout=kind)
     made = load_encoder(file, "task")
@@ -251,6 +252,7 @@ def test_channels_that_are_zero_are_masked_but_not_the_reference(tmp_path):
         ({}, "age", ("--target age", "number, task")),
         ({}, "number", ("is a number", "classes")),
         ({"kind": "vibration"}, "task", ("vibration",)),
+        ({"transfer": "recentre"}, "task", ("recentre", "later windows")),
     ],
 )
 def test_a_model_the_service_can_not_serve_is_refused(tmp_path, options, target, words):
