@@ -216,6 +216,13 @@ def compare(model: Aligned, forward: Callable, views: Views, cfg: Config, dtype:
     with torch.set_grad_enabled(keep), autocast(ranks.device.type, dtype):
         for part in views.parts:
             projected.append(forward(part.to(ranks.device)))
+    return *pull(model, projected, views, cfg, ranks), projected if keep else []
+
+
+def pull(
+    model: Aligned, projected: list[torch.Tensor], views: Views, cfg: Config, ranks: Ranks
+) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+    """Gather projected views, and what `compare` returns of them."""
     order_S = torch.from_numpy(np.argsort(np.concatenate([p.index_B for p in views.parts]))).to(ranks.device)
     own_2SE = torch.cat([y.detach() for y in projected])[order_S].unflatten(0, (2, -1))
     both_BE = ranks.gather(
@@ -226,7 +233,7 @@ def compare(model: Aligned, forward: Callable, views: Views, cfg: Config, dtype:
     loss = loss_of(y_VE, views, model.project.temperature(), cfg.loss)
     pull_VE = ranks.gradient(loss, both_BE).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1)
     told = None if temperature.grad is None else temperature.grad.clone()
-    return float(loss.detach()), pull_VE, told, projected if keep else []
+    return float(loss.detach()), pull_VE, told
 
 
 def predict_hidden(model: Aligned, teacher: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
