@@ -40,6 +40,8 @@ def _load() -> ctypes.CDLL | None:
             ctypes.c_void_p,
         )
         found.berger_take.restype = ctypes.c_int64
+        found.berger_cut.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+        found.berger_cut.restype = None
         return found
     except (build.BuildFailed, OSError) as e:  # OSError: a library that this system can't load
         say(f"plain NumPy and SciPy, slower, because {e}")
@@ -148,6 +150,41 @@ class Live:
         T = len(x_TA)
         self.x_TA[:T] = x_TA
         return bool(self._take(self._x, T, raw_at, y_at, self._rest))
+
+
+class _LiveWindow(ctypes.Structure):
+    """As in csrc/kernels.h."""
+
+    _fields_ = [
+        ("channels", ctypes.c_int64),
+        ("wanted", ctypes.c_int64),
+        ("row", ctypes.c_void_p),
+        ("reference", ctypes.c_int64),
+        ("factor", ctypes.c_double),
+    ]
+
+
+MEAN_OF_ALL, NO_REFERENCE = -1, -2
+
+
+class Cutter:
+    """
+    Windows for a model out of filtered samples: less a row, the mean of all rows or nothing, times `factor`, wanted rows, float32.
+
+    cutter(y_at, T) of the float64 rows (T, C) at an address is x_WT; `row_W` below 0 are zero. With NumPy's bits. Not to be made where
+    library() is None.
+    """
+
+    def __init__(self, channels: int, row_W: np.ndarray, reference: int, factor: float):
+        self._row_W = np.ascontiguousarray(row_W, np.int64)
+        shape = (channels, len(self._row_W), self._row_W.ctypes.data, reference, factor)
+        self._window, self._cut = _LiveWindow(*shape), library().berger_cut
+        self._rest = ctypes.addressof(self._window)
+
+    def __call__(self, y_at: int, samples: int) -> np.ndarray:
+        x_WT = np.empty((len(self._row_W), samples), np.float32)
+        self._cut(y_at, samples, self._rest, byref(start(x_WT)))
+        return x_WT
 
 
 byref, start = ctypes.byref, ctypes.c_char.from_buffer  # where an array begins; a third of the time of x.ctypes

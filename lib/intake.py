@@ -107,6 +107,10 @@ class Ring:
         first = self.fill - self.total
         return self.x_TC[first + start : first + stop].T
 
+    def address(self, start: int) -> int:
+        """Where the row of sample `start` is."""
+        return self.at + (self.fill - self.total + start) * self.row
+
     def clear(self) -> None:
         """Forget them."""
         self.fill = self.total = 0
@@ -144,6 +148,7 @@ class Intake:
         self.reference_R = np.array([taken.index(i) for i in place_R], int)
         if path.reference == "average" and self.good_W.sum() > 1:  # of one channel it would leave nothing
             self.reference_R = np.array(row_W)[self.good_W]
+        self.cutter = self._compiled_cut(len(taken), row_W)
         self.causal = Causal(layout.rate_hz, self.out_hz, path.band_hz, path.notch_hz, len(taken))
         self.up, self.down = self.causal.up, self.causal.down
         self.reach = len(self.causal.taps) // self.up - 1 if self.up != self.down else 0
@@ -159,6 +164,18 @@ class Intake:
         self.counts: Counter[str] = Counter()
         self.base = self.origin = 0
         self.expected: int | None = None
+
+    def _compiled_cut(self, rows: int, row_W: list[int]) -> plain.Cutter | None:
+        """What `_cut` does in one call, where there is a compiler and the reference is none, one electrode or all of them."""
+        alone = {
+            0: plain.NO_REFERENCE,
+            1: int(self.reference_R[0]) if len(self.reference_R) else 0,
+            rows: plain.MEAN_OF_ALL,
+        }
+        if len(self.reference_R) not in alone or not plain.library():
+            return None
+        row_W = np.where(self.good_W, row_W, -1)
+        return plain.Cutter(rows, row_W, alone[len(self.reference_R)], self.out_factor)
 
     # ------------------------------------------------------------------------
     # samples in
@@ -296,6 +313,8 @@ class Intake:
     def _cut(self, first: int) -> Window:
         """The window of outputs [first, first + window)."""
         stop = first + self.path.window
+        if self.cutter:
+            return self._window(first, stop, self.cutter(self.ring.address(first), stop - first))
         y_CT = self.ring.read(first, stop)
         x_CT = y_CT if self.row_W is None else y_CT[self.row_W]
         if len(self.reference_R) == 1:
@@ -307,6 +326,10 @@ class Intake:
         x_CT = np.array(x_CT, np.float32, order="C")
         if not self.good_W.all():
             x_CT[~self.good_W] = 0
+        return self._window(first, stop, x_CT)
+
+    def _window(self, first: int, stop: int, x_CT: np.ndarray) -> Window:
+        """With its place in the producer's count, and whether it is to be trusted."""
         self.marks = [m for m in self.marks if m[1] > first] if self.marks and self.marks[0][1] <= first else self.marks
         reason = next((why for a, b, why in self.marks if a < stop and b > first), None)
         place = self.base + first * self.down // self.up, self.base + (stop - 1) * self.down // self.up + 1

@@ -54,9 +54,10 @@ def assert_same(ours: list[Window], theirs: list[Window]) -> None:
 
 
 @pytest.mark.parametrize("rate_hz", [None, 100.0])
-@pytest.mark.parametrize("channels", [NAMES, (NAMES[5], NAMES[0], NAMES[2])])
-def test_the_compiled_path_has_the_bits_of_the_plain_one(channels, rate_hz, monkeypatch):
-    path = replace(PATH, channels=channels, rate_hz=rate_hz)
+@pytest.mark.parametrize("reference", ["average", "F3", "none", "Fp1,Fp2"])
+@pytest.mark.parametrize("channels, bad", [(NAMES, ()), ((NAMES[5], NAMES[0], NAMES[2]), ()), (NAMES[:4], NAMES[1:2])])
+def test_the_compiled_path_has_the_bits_of_the_plain_one(channels, bad, reference, rate_hz, monkeypatch):
+    path = replace(PATH, channels=channels, rate_hz=rate_hz, reference=reference, bad=bad, unit="V" if bad else "uV")
     layout, x_TC = replace(LAYOUT, unit="mV"), signal() / np.float32(1e3)
     x_TC[400, 5], x_TC[600:640, 0], x_TC[700, 2] = np.nan, np.inf, 2e3  # doubtful in the middle of a chunk
     sizes = (1, 8, 130, 64, 3)

@@ -144,3 +144,44 @@ inline bool take_chunk(const float* x, int64_t steps, const LiveSignal& f, float
     filter_channels<true>(y, f.channels, y, f.channels, steps, f.sos, f.sections, f.state, f.channels, int64_t{0}, f.channels);
   return true;
 }
+
+// The sum of n values in the order in which NumPy adds up what lies side by side (pairwise, by eights).
+inline double pairwise_sum(const double* x, int64_t n) {
+  if (n < 8) {
+    double s = 0;
+    for (int64_t i = 0; i < n; i++) s += x[i];
+    return s;
+  }
+  if (n > 128) {
+    const int64_t half = n / 2 / 8 * 8;
+    return pairwise_sum(x, half) + pairwise_sum(x + half, n - half);
+  }
+  double r[8];
+  for (int i = 0; i < 8; i++) r[i] = x[i];
+  int64_t i = 8;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; j++) r[j] += x[i + j];
+  double s = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+  for (; i < n; i++) s += x[i];
+  return s;
+}
+
+// Filtered samples y_TC as a window x_CT for a model: less the reference, in its unit and order, float32.
+inline void cut_window(const double* y, int64_t steps, const LiveWindow& w, float* x) {
+  constexpr int64_t BLOCK = 8;
+  std::vector<float> z_TC(BLOCK * w.channels);
+  for (int64_t t = 0; t < steps; t += BLOCK) {
+    const int64_t n = std::min(BLOCK, steps - t);
+    for (int64_t i = 0; i < n; i++) {
+      const double* y_C = y + (t + i) * w.channels;
+      const double away = w.reference == NO_REFERENCE  ? 0.0
+                          : w.reference == MEAN_OF_ALL ? pairwise_sum(y_C, w.channels) / static_cast<double>(w.channels)
+                                                       : y_C[w.reference];
+      for (int64_t c = 0; c < w.channels; c++) z_TC[i * w.channels + c] = static_cast<float>((y_C[c] - away) * w.factor);
+    }
+    for (int64_t c = 0; c < w.wanted; c++) {
+      const int64_t row = w.row ? w.row[c] : c;
+      for (int64_t i = 0; i < n; i++) x[c * steps + t + i] = row < 0 ? 0.0f : z_TC[i * w.channels + row];
+    }
+  }
+}

@@ -27,6 +27,13 @@ struct LiveSignal {  // what stays from chunk to chunk of a stream (kernels/plai
   double *state, *last;  // last: the newest sample before the filter
   double factor, limit;
 };
+struct LiveWindow {  // how a window is made of filtered samples
+  int64_t channels, wanted;
+  const int64_t* row;  // of each wanted channel; below 0: a zero one; none: all as they are
+  int64_t reference;  // a row, or MEAN or NONE
+  double factor;
+};
+constexpr int64_t MEAN_OF_ALL = -1, NO_REFERENCE = -2;
 struct ScanSizes {
   int64_t steps, channels, states, ahead;  // the first `ahead` channels run forwards
 };

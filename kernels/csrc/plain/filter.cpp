@@ -15,3 +15,5 @@ extern "C" void berger_filter(double* x, int64_t steps, const Filter* f) {
 extern "C" int64_t berger_take(const float* x, int64_t steps, float* raw, double* y, const LiveSignal* f) {
   return CALL(take_chunk, x, steps, *f, raw, y);
 }
+
+extern "C" void berger_cut(const double* y, int64_t steps, const LiveWindow* w, float* x) { CALL(cut_window, y, steps, *w, x); }
