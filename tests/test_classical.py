@@ -100,6 +100,29 @@ def test_baselines_find_what_is_there_and_survive_a_file(cache):
             assert np.allclose(*told) and a.name == b.name
 
 
+def test_recentred_baselines_know_each_subject_by_its_own_mean(cache):
+    rows = [i for i, r in enumerate(cache.recordings) if r.split == "train"]
+    targets = read_targets(cache, ["eyes_open+eyes_closed"], rows, 200)
+    train = Examples(cache, targets, rows, 2.0, 1.0)
+    made = classical.fit_baselines(cache, train, 0, 500, recentred=True)
+    twice = [b for b in made if b.recentred]
+    assert {b.title for b in twice} == {"band_power_recentred", "tangent_space_recentred"}
+    row_B, start_B = train.locate(train.even(0, 0))
+    who_B = classical.subjects(cache, row_B)
+    x_BET = twice[0].sites.read(cache, row_B, start_B, 200, "model")
+    for baseline in twice:
+        measured_B = baseline.measure(x_BET, cache.rate_hz)
+        z_BF = baseline.features(measured_B, who_B)
+        for subject in set(who_B):
+            assert np.abs(z_BF[who_B == subject].mean(0)).max() < 1e-5
+        turned = np.random.default_rng(0).permutation(len(row_B))  # windows of several people in any order
+        assert np.allclose(baseline.features(measured_B[turned], who_B[turned]), z_BF[turned], atol=1e-6)
+    again = classical.unpack(*classical.pack([made]), 1)[0]
+    for a, b in zip(made, again, strict=True):
+        told = (x.say(cache, targets[0], row_B, start_B, 200) for x in (a, b))
+        assert (a.title, a.recentred) == (b.title, b.recentred) and np.allclose(*told)
+
+
 def test_seconds_of_seizures_are_told(cache):
     rows = [i for i, r in enumerate(cache.recordings) if r.task == "szMonitoring" and r.split == "train"]
     (target,) = read_targets(cache, ["seizure"], rows, 800)

@@ -153,11 +153,6 @@ async def soak(seconds: float) -> None:
     assert descriptors() <= before, f"{descriptors()} descriptors, {before} before"
 
 
-def test_twenty_seconds_of_chaos():
-    asyncio.run(soak(20))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [60, 600])
+@pytest.mark.parametrize("seconds", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_minutes_of_chaos(seconds):
     asyncio.run(soak(seconds))
