@@ -47,7 +47,7 @@ from lib.errors import Unusable
 from lib.films import Curves, Films
 from lib.flops import StepCost, matmul_rate
 from lib.grid import mean_of, take
-from lib.lineage import auxiliary_targets, check_leak, loudness, trained_on
+from lib.lineage import auxiliary_targets, check_leak, trained_on, waveform_factor
 from lib.losses import layer_normed, loss_latent
 from lib.masks import draw_masks
 from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
@@ -63,7 +63,6 @@ from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps
 from lib.tensors import load_tensors, save_tensors
 from lib.views import Strength, draws, make_view
 
-WAVEFORM = 5.0  # how loud raw samples start for movies
 EVAL_STEP = 2**30  # from here on, "steps" whose random numbers draw pairs, views and masks of the validation windows
 
 
@@ -303,12 +302,6 @@ def check(cfg: Config, window: int, patch: int, ranks: Ranks) -> None:
     )
 
 
-def waveform_factor(cfg: Config, lineage: list[dict]) -> float:
-    """What the weights of raw samples are multiplied by at the start."""
-    movies = any(text.partition(":")[0] == "movie" for text in cfg.pairs)
-    return cfg.waveform if cfg.waveform is not None else WAVEFORM / loudness(lineage) if movies else 1.0
-
-
 def pair_sampler(cfg: Config, cache: Cache, rows: list[int]) -> PairSampler:
     """Pairs among some recordings. Raises Unusable."""
     return PairSampler(
@@ -377,7 +370,7 @@ def main(cfg: Config) -> dict | None:
         "window_s": cfg.window_s,
         "run": run.name,
         "lineage": lineage,
-        "waveform": waveform_factor(cfg, lineage),
+        "waveform": waveform_factor(cfg.waveform, "movie" in parse_shares(cfg.pairs), lineage),
         **trained_on(cache, train),
     }
     if ranks.first:

@@ -51,7 +51,7 @@ from lib.evaluation import Fitted
 from lib.flops import StepCost, matmul_rate
 from lib.folds import fold_rows
 from lib.inference import MOST_AT_ONCE, Inference
-from lib.lineage import check_leak, inherited, loudness, trained_on
+from lib.lineage import check_leak, inherited, trained_on, waveform_factor
 from lib.models import signal_meta, start_encoder
 from lib.optim import layer_groups, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
@@ -66,7 +66,6 @@ from lib.traits import class_name
 from lib.transfer import Domain, Offsets, Transfer, groups, moved
 from lib.windows import SEIZURE
 
-WAVEFORM = 5.0  # how loud raw samples start where a waveform is what counts
 FITTED = 4096  # windows that the heads are fitted on before training
 
 
@@ -246,17 +245,6 @@ def check(cfg: Config) -> None:
         raise Unusable("--folds goes with neither --shots nor --evaluate")
 
 
-def waveform_factor(cfg: Config, lineage: list[dict]) -> float:
-    """What the weights of raw samples are multiplied by at the start."""
-    return (
-        cfg.waveform
-        if cfg.waveform is not None
-        else WAVEFORM / loudness(lineage)
-        if "challenge1" in cfg.target
-        else 1.0
-    )
-
-
 def readout_of(cfg: Config, examples: Examples) -> Kind:
     """The readout asked for; by itself one that keeps what the target needs: the order of patches, or where on the head they come from."""
     if cfg.readout != "auto":
@@ -270,8 +258,7 @@ def readout_of(cfg: Config, examples: Examples) -> Kind:
 
 def site_names(examples: Examples) -> tuple[str, ...]:
     """The electrodes that all recordings have, the 10-20 system if they differ; none if the place of one isn't known."""
-    rows = np.unique(examples.locate(np.arange(len(examples)))[0])
-    names = {examples.cache.recordings[i].names for i in rows}
+    names = {examples.cache.recordings[i].names for i in examples.rows}
     known = all(name in POSITIONS for one in names for name in one)
     return () if not known else names.pop() if len(names) == 1 else TEN_TWENTY
 
@@ -411,7 +398,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         encoder.embed.calibrate(torch.cat([p.part.good_patches(patch) for p in pieces]))
     if mode != "probe":  # a response to a stimulus is a waveform, of which phase 1's features have little
         with torch.no_grad():
-            encoder.embed.samples.weight *= waveform_factor(cfg, lineage)
+            encoder.embed.samples.weight *= waveform_factor(cfg.waveform, "challenge1" in cfg.target, lineage)
     decoder = Decoder(encoder, reading, targets).to(device).train()
     offsets = Offsets([cache.recordings[i].subject for i in rows["train"]], decoder.readout.width).to(device)
     weights = TaskWeights([wanted.get(t.name, 1.0) for t in targets], cfg.balance == "uncertainty").to(device)

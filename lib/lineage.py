@@ -13,6 +13,8 @@ from pathlib import Path
 from lib.cache import Cache
 from lib.errors import Unusable
 
+WAVEFORM = 5.0  # how loud raw samples start where a waveform is what counts
+
 
 def digest(subject: str) -> str:
     """16 hexadecimal digits that stand for a "dataset/subject"."""
@@ -31,9 +33,12 @@ def inherited(meta: dict, path: str | Path) -> list[dict]:
     return [*meta["lineage"], {"file": str(path), **own}]
 
 
-def loudness(lineage: Sequence[dict]) -> float:
-    """By what the phases so far have multiplied the weights of raw samples (--waveform)."""
-    return math.prod(phase.get("waveform", 1.0) for phase in lineage)
+def waveform_factor(asked: float | None, needed: bool, lineage: Sequence[dict]) -> float:
+    """What a phase multiplies the weights of raw samples by: as asked, else, if waveforms are needed, what WAVEFORM lacks after earlier phases."""
+    so_far = math.prod(phase.get("waveform", 1.0) for phase in lineage)
+    if asked is not None:
+        return asked
+    return WAVEFORM / so_far if needed and so_far else 1.0
 
 
 def auxiliary_targets(lineage: Sequence[dict]) -> list[str]:

@@ -239,6 +239,7 @@ class Examples:
         self.windows = cache.windows(None, window_s, stride_s, along) if along else None
         self.along = len(self.windows) if self.windows else 0
         self._list(listed)
+        self.rows = sorted({*along, *self.row_N.tolist()})  # recordings that examples are of
         if not len(self):
             names = ", ".join(t.name for t in targets)
             raise Unusable(

@@ -6,7 +6,7 @@ import pytest
 
 from lib.cache import Cache
 from lib.errors import Unusable
-from lib.lineage import auxiliary_targets, check_leak, inherited, trained_on
+from lib.lineage import auxiliary_targets, check_leak, inherited, trained_on, waveform_factor
 from lib.tensors import load_tensors, save_tensors
 from tests import recipes
 
@@ -74,3 +74,10 @@ def test_a_file_names_nobody_and_one_that_says_nothing_is_refused(cache, people,
     with pytest.raises(Unusable, match="doesn't say"):
         check_leak(silent, people.subjects["val"], ["age"])
     assert check_leak(silent, people.subjects["val"], ["age"], allow=True)
+
+
+def test_phases_make_up_what_earlier_ones_left_of_the_waveform():
+    five, none = [{"file": "x", "waveform": 5.0}, {"file": "y"}], [{"file": "x", "waveform": 0.0}]
+    assert waveform_factor(None, True, []) == 5 and waveform_factor(None, False, []) == 1
+    assert waveform_factor(None, True, five) == 1 and waveform_factor(2.0, True, five) == 2
+    assert waveform_factor(None, True, none) == 1  # there is nothing left to make louder
