@@ -37,7 +37,7 @@ from tqdm import tqdm
 from lib import anomaly, command, conditions, flow, plot, recovery, whitening
 from lib.balance import Balance
 from lib.contrast import loss_infonce, units
-from lib.corpus import Corpus, even, fit_corpus
+from lib.corpus import Corpus, even, fit_corpus, unmix_strangers
 from lib.errors import Unusable
 from lib.flops import StepCost, matmul_rate
 from lib.generated import write_generated
@@ -102,7 +102,9 @@ class Config(RunConfig):
     # target
     whiten_order: int = 64  # of the filter that windows are whitened by, samples; 0: no filter
     whiten_by: Literal["recording", "dataset"] = "recording"  # whose filters and levels
+    unmix: bool = True  # take off what channels have in common, where there are several
     level: bool = True  # divide out a window's RMS and condition on it
+    rhythms: int = 2  # of the envelope, whose phases are conditions too, for recordings that have any; 0: none
     calibrate: int = 1024  # samples that the final gain per frequency is measured on; 0: no such gain
     predict: Literal["preconditioned", "v", "x1"] = "preconditioned"  # what the network's output means
     times: Literal["logit-normal", "uniform", "ends"] = "logit-normal"  # where on the path it is trained
@@ -182,6 +184,7 @@ class Target:
     whiten: whitening.Whitening
     group_R: np.ndarray  # filter of each recording
     code_RF: torch.Tensor  # conditions of each recording
+    place_RC: np.ndarray  # which of the filters' channels those of each recording are
 
 
 def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int, step: int, drop: float) -> list[Part]:
@@ -193,10 +196,12 @@ def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int,
     corpus, parts = target.corpus, []
     for part in corpus.read(recording_B, start_B, index_B, cfg.max_channels, micro, cfg.seed, step):
         row_B, index = part.recording_B, part.index_B
-        x1_BCT, level_B = target.whiten.whiten(part.x_BCT, target.group_R[row_B], part.mask_BC, cfg.level)
+        place_BC = np.take_along_axis(target.place_RC[row_B], part.kept_BC.numpy(), 1)
+        x1_BCT, level_B = target.whiten.whiten(part.x_BCT, target.group_R[row_B], part.mask_BC, cfg.level, place_BC)
         code_BF = target.code_RF[torch.from_numpy(row_B)]
         code_BF[:, -1] = level_B if cfg.level else math.nan
-        u_BF = torch.from_numpy(uniform(cfg.seed, step, index, code_BF.shape[1] + 1, "flow drop"))
+        code_BF = torch.cat([code_BF, target.whiten.rhythms(x1_BCT, target.group_R[row_B], part.mask_BC)], 1)
+        u_BF = torch.from_numpy(uniform(cfg.seed, step, index, target.code_RF.shape[1] + 1, "flow drop"))
         code_BF = conditions.dropped(code_BF, u_BF, drop)
         t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
         x0_BCT = flow.draw_noise(cfg.seed, step, index, x1_BCT.shape[1:])
@@ -215,11 +220,11 @@ def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int,
     return parts
 
 
-def paired(pairs: Pairs, index_B: np.ndarray, cfg: Config, micro: int, step: int) -> list[Part]:
+def paired(pairs: Pairs, index_B: np.ndarray, cfg: Config, micro: int, step: int, conditioned: int) -> list[Part]:
     """A teacher's pairs instead of windows and independent noise."""
     parts = []
     for x1_BCT, x0_BCT, code_BF, positions_BC3, index in pairs.draw(index_B, micro, cfg.seed, step):
-        u_BF = torch.from_numpy(uniform(cfg.seed, step, index, code_BF.shape[1] + 1, "flow drop"))
+        u_BF = torch.from_numpy(uniform(cfg.seed, step, index, conditioned + 1, "flow drop"))
         t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
         code_BF = conditions.dropped(code_BF, u_BF, cfg.drop)
         parts.append(Part(x1_BCT, x0_BCT, t_B, code_BF, positions_BC3, None, x1_BCT, *[None] * 4, index))
@@ -318,7 +323,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
     command.check_signs(
         cfg,
         positive="batch window stride nfe lr clip log_every val_windows steps epochs pairs kernel temperature patch",
-        not_negative="sample micro max_channels eval_every save_every weight_decay seed keep whiten_order calibrate contrast align",
+        not_negative="rhythms sample micro max_channels eval_every save_every weight_decay seed keep whiten_order calibrate contrast align",
     )
     if cfg.kernel % 2 == 0 or not cfg.widths or min(cfg.widths) < 1:
         raise Unusable(f"--kernel {cfg.kernel} must be odd, and --widths {cfg.widths} positive")
@@ -352,9 +357,9 @@ def start_encoder(cfg: Config, corpus: Corpus) -> tuple[nn.Module, list[dict]]:
     return build_encoder(architecture), []
 
 
-def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, list[conditions.Condition], Counter]:
-    """Filters, levels and conditions, from the training part, and which values of other recordings these don't know, counted."""
-    whiten, group_R = fit_corpus(corpus, cfg.whiten_by == "recording", cfg.whiten_order)
+def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, whitening.Whitening, list[conditions.Condition], Counter]:
+    """What windows are made of, the same as the training part alone tells, conditions, and which values of other recordings these don't know, counted."""
+    whiten, group_R = fit_corpus(corpus, cfg.whiten_by == "recording", cfg.whiten_order, cfg.rhythms, cfg.unmix)
     asked = {"label": cfg.label, "domain": cfg.domain, **{name: (name,) for name in cfg.traits}}
     asked = {name: words for name, words in asked.items() if words}
     values = corpus.values({"dataset": ("dataset",), **asked, "speed": (cfg.speed,)})
@@ -368,7 +373,10 @@ def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, list[conditions.Con
             raise Unusable(f"--{flag} {' '.join(words)}: no training recording has it")
     learned, unknown = conditions.learn(rows, ("dataset", "rate", *asked, "speed", "recording")), Counter()
     code_RF = torch.tensor([conditions.encode(learned, row, unknown) for row in values], dtype=torch.float32)
-    return Target(corpus, whiten, group_R, code_RF), learned, unknown
+    own, group_R = unmix_strangers(
+        corpus, whiten, group_R, sorted({*corpus.rows("val")} - {*corpus.rows("train")}), "val"
+    )
+    return Target(corpus, own, group_R, code_RF, corpus.places(whiten.channels)), whiten, learned, unknown
 
 
 # ----------------------------------------------------------------------------
@@ -384,7 +392,7 @@ def main(cfg: Config) -> dict | None:
     torch.manual_seed(cfg.seed)
     corpus = Corpus(cfg.cache, cfg.window, cfg.whiten_order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
     encoder, lineage = start_encoder(cfg, corpus)
-    target, learned, unknown = fit_target(cfg, corpus)
+    target, whiten, learned, unknown = fit_target(cfg, corpus)
     train, rows = corpus.windows("train"), corpus.rows("train")
     held = corpus.rows("val") if corpus.spans["val"] and len(corpus.windows("val")) else []
     val = corpus.windows("val" if held else "train")
@@ -405,7 +413,7 @@ def main(cfg: Config) -> dict | None:
         signals = (p.x_BCT.flatten(0, 1) if p.mask_BC is None else p.x_BCT[p.mask_BC] for p in some)
         encoder.embed.calibrate(torch.cat([x[:, : cfg.window // patch * patch].reshape(-1, patch) for x in signals]))
     shared = cfg.share == "trunk"
-    shape = Shape(cfg.widths, cfg.kernel, look=cfg.share == "cond")
+    shape = Shape(cfg.widths, cfg.kernel, rhythms=whiten.rhythm_GQ.shape[1], look=cfg.share == "cond")
     net = Velocity(encoder, learned, shape) if shared else build_velocity(encoder.architecture, learned, shape)
     model = Model(net, None if shared else encoder, cfg).to(device)
     ema = copy.deepcopy(model.net).requires_grad_(False).eval()
@@ -429,7 +437,7 @@ def main(cfg: Config) -> dict | None:
     def batch_of(step: int, who: np.ndarray = share, micro: int | None = None) -> list[Part]:
         micro = state["micro"] if micro is None else micro
         if pairs:
-            return paired(pairs, who, cfg, micro, step)
+            return paired(pairs, who, cfg, micro, step, len(learned))
         return draw(target, *train.locate(sampler.ids(step)[who]), who, cfg, micro, step, cfg.drop)
 
     if not state["dtype"]:
@@ -506,7 +514,7 @@ def main(cfg: Config) -> dict | None:
         if ranks.first and (last or due(done, cfg.eval_every)):
             values |= evaluate(model, ema, val_parts, cfg, state["dtype"])
             if path := run.among_best(state, values["val_loss"], cfg.keep):
-                save_model(path, ema, target.whiten, meta | {"step": done})
+                save_model(path, ema, whiten, meta | {"step": done})
         if values or last or due(done, cfg.log_every):
             means = np.mean(state["recent"] or [(math.nan,) * (2 + len(losses))], axis=0).tolist()
             names = ("loss", "grad_norm", *(f"loss_{name}" for name in losses))
@@ -528,8 +536,8 @@ def main(cfg: Config) -> dict | None:
     results = None
     if ranks.first:
         if cfg.calibrate:
-            calibrate(ema, target.whiten, meta, cfg.calibrate, cfg.seed, cfg.nfe, cfg.solver)
-        save_model(run.directory / "model.safetensors", ema, target.whiten, meta | {"step": steps})
+            calibrate(ema, whiten, meta, cfg.calibrate, cfg.seed, cfg.nfe, cfg.solver)
+        save_model(run.directory / "model.safetensors", ema, whiten, meta | {"step": steps})
         signal = signal_meta(corpus.caches[0]) | {
             "window_s": cfg.window / corpus.rate_hz(0),
             "run": run.name,
@@ -640,7 +648,11 @@ def score(cfg: Config, ranks: Ranks) -> dict:
     corpus = Corpus(cfg.cache, meta["window"], whiten.order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
     column, _, value = (cfg.healthy or "").partition("=")
     named = corpus.values({column: (column,)}) if column else [{}] * len(corpus.recordings)
-    well_R = np.array([class_name(row.get(column)) == (value or None) for row in named])
+    values_R = [class_name(row.get(column)) for row in named]
+    well_R = np.array([v == (value or None) for v in values_R])
+    if not well_R[corpus.rows("train")].any():
+        known = sorted({str(values_R[i]) for i in corpus.rows("train")})
+        raise Unusable(f"--healthy {cfg.healthy}: no training recording has it; there are: {', '.join(known)}")
     group_R, parts = np.zeros(len(well_R), np.int64), {}
     for name, fits in (("train", well_R), ("val", well_R | True)):
         windows = corpus.windows(name)
@@ -649,7 +661,8 @@ def score(cfg: Config, ranks: Ranks) -> dict:
         for i in np.unique(row_N[kept]).tolist():  # the filter that fits best, whatever is known of the recording
             group_R[i] = whiten.choose(whitening.autocorrelation(torch.cat(corpus.signal(i, name), 1), whiten.order))
         code_RF = torch.full((len(well_R), len(net.given.conditions)), math.nan)  # what is asked for is never told
-        target = Target(corpus, whiten, group_R, code_RF)
+        own, own_R = unmix_strangers(corpus, whiten, group_R, np.unique(row_N[kept]).tolist(), name)
+        target = Target(corpus, own, own_R, code_RF, corpus.places(own.channels))
         drawn = draw(target, row_N[kept], start_N[kept], np.arange(len(kept)), cfg, 64, EVAL_STEP, 0.0)
         parts[name] = row_N[kept][np.concatenate([p.index_B for p in drawn])], drawn
     rates = {corpus.rate_hz(i) for row_N, _ in parts.values() for i in row_N}

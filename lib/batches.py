@@ -25,6 +25,7 @@ class Part:
     index_B: np.ndarray  # their places in the global batch
     recording_B: np.ndarray  # rows of Cache.recordings
     masks: Masks | None = None  # what is hidden in them, in phases that hide something
+    kept_BC: torch.Tensor | None = None  # which channels of the recordings these are
 
     @property
     def signal(self) -> tuple:
@@ -73,7 +74,7 @@ def read_parts(
             x_BCT, positions_BC3 = take(batch.x_BCT, kept_BC), take(batch.positions_BC3, kept_BC)
             mask_BC = batch.mask_BC.gather(1, kept_BC)
             mask_BC = None if mask_BC.all() else mask_BC
-            parts.append(Part(x_BCT, positions_BC3, mask_BC, index_B[some], recording_B[some]))
+            parts.append(Part(x_BCT, positions_BC3, mask_BC, index_B[some], recording_B[some], kept_BC=kept_BC))
     return parts
 
 

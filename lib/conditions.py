@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lib.errors import Unusable
@@ -99,11 +100,11 @@ def dropped(code_BF: torch.Tensor, u_BF: torch.Tensor, share: float, keep_level:
     """
     Codes with some null: each on its own in `share` of the windows, and all of a window in as many; `u_BF` (B, F + 1) is uniform.
 
-    The level is never dropped on its own, because sampling always draws one.
+    The level is never dropped on its own, because sampling always draws one, nor are rhythms, which may stand behind the F codes of conditions.
     """
-    drop_BF = u_BF[:, :-1] < share
+    drop_BF = F.pad(u_BF[:, :-1] < share, (0, code_BF.shape[1] + 1 - u_BF.shape[1]))
     if keep_level:
-        drop_BF[:, -1] = False
+        drop_BF[:, u_BF.shape[1] - 2] = False
     return code_BF.masked_fill(drop_BF | (u_BF[:, -1:] < share), math.nan)
 
 

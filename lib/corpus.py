@@ -16,10 +16,12 @@ import torch
 from lib.batches import Part, read_parts
 from lib.cache import Cache, Recording
 from lib.errors import Unusable
-from lib.whitening import Whitening, autocorrelation, fit
+from lib.mixing import covariance
+from lib.whitening import Whitening, autocorrelation, filtered, fit
 from lib.windows import Windows
 
 MOST_FILTERS = 512  # groups that have a filter of their own
+MOST_CHANNELS = 300  # names in all recordings; what so many have in common with each other is not kept
 MOST_FITTED = 2**18  # samples of a recording that statistics are taken from, spread over its segments
 
 
@@ -98,6 +100,19 @@ class Corpus:
                 parts.append(replace(part, recording_B=recording_B[own]))
         return parts
 
+    def good(self, recording: int) -> np.ndarray:
+        """Which of a recording's channels are good."""
+        cache, row = self.caches[self.cache_R[recording]], int(self.row_R[recording])
+        return np.flatnonzero(cache.read([row], [self.recordings[recording].segments[0][0]], 1).mask_BC[0].numpy())
+
+    def places(self, channels: Sequence[str]) -> np.ndarray:
+        """Which of `channels` those of every recording are (R, C); -1 for none, and behind the last."""
+        number = {name: v for v, name in enumerate(channels)}
+        place_RC = np.full((len(self.recordings), max(len(r.names) for r in self.recordings)), -1)
+        for r, recording in enumerate(self.recordings):
+            place_RC[r, : len(recording.names)] = [number.get(name, -1) for name in recording.names]
+        return place_RC
+
     def signal(self, recording: int, part: str = "train") -> list[torch.Tensor]:
         """Its longest stretches of a part, good channels only, in model units, (C, T); not more than MOST_FITTED samples."""
         cache, row = self.caches[self.cache_R[recording]], int(self.row_R[recording])
@@ -112,20 +127,29 @@ class Corpus:
         return found
 
 
-def fit_corpus(corpus: Corpus, by_recording: bool, order: int) -> tuple[Whitening, np.ndarray]:
+def fit_corpus(
+    corpus: Corpus, by_recording: bool, order: int, rhythms: int = 0, unmix: bool = False
+) -> tuple[Whitening, np.ndarray]:
     """
-    Filters and levels from the training part, by recording or by data set, and which of them every recording takes (R).
+    Filters, levels, rhythms and, to `unmix`, what channels have in common, from the training part, by recording or by data set, and which
+    of them every recording takes (R).
 
     What has none of its own, because it is held out or one of too many, takes the one that predicts it best, labels unseen.
     """
     trained = corpus.rows("train")
     name_R = [r.key if by_recording else r.dataset for r in corpus.recordings]
     members = {name: [i for i in trained if name_R[i] == name] for name in sorted({name_R[i] for i in trained})}
-    signals = {
-        name: [x for i in even(members[name], 64) for x in corpus.signal(i)] for name in even([*members], MOST_FILTERS)
-    }
-    signals = {name: stretches for name, stretches in signals.items() if stretches}
-    whiten = fit([*signals], [*signals.values()], order, corpus.samples)
+    channels = sorted({name for i in trained for name in corpus.recordings[i].names}) if unmix else []
+    channels = (
+        channels if len(channels) <= MOST_CHANNELS and any(len(corpus.recordings[i].names) > 1 for i in trained) else []
+    )
+    place_RC = corpus.places(channels)
+    signals, places = {}, {}
+    for name in even([*members], MOST_FILTERS):
+        of = [(x, place_RC[i, corpus.good(i)]) for i in even(members[name], 64) for x in corpus.signal(i)]
+        if of:
+            signals[name], places[name] = zip(*of, strict=True)
+    whiten = fit([*signals], [*signals.values()], order, corpus.samples, rhythms, channels, [*places.values()])
     number = {name: g for g, name in enumerate(signals)}
     group_R = np.array([number.get(name, -1) for name in name_R])
     for part in ("train", "val"):
@@ -133,6 +157,28 @@ def fit_corpus(corpus: Corpus, by_recording: bool, order: int) -> tuple[Whitenin
             if group_R[i] < 0 and (stretches := corpus.signal(i, part)):
                 group_R[i] = whiten.choose(autocorrelation(stretches[0], order))
     return whiten, np.maximum(group_R, 0)
+
+
+def unmix_strangers(
+    corpus: Corpus, whiten: Whitening, group_R: np.ndarray, strangers: list[int], part: str
+) -> tuple[Whitening, np.ndarray]:
+    """
+    Filters with groups for recordings that nothing was fitted on, and the groups: each unmixes its channels by its own covariance, labels unseen.
+
+    What channels have in common differs from head to head by directions that one has hardly any power in: by another's matrix
+    a window would be anything but white.
+    """
+    if not whiten.channels or not strangers:
+        return whiten, group_R
+    place_RC, group_R, crosses = corpus.places(whiten.channels), group_R.copy(), []
+    for i in strangers:
+        taps_K = whiten.taps_GK[group_R[i]].numpy()
+        white = [filtered(x_CT.double(), taps_K) for x_CT in corpus.signal(i, part)]
+        known = (at := place_RC[i, corpus.good(i)]) >= 0
+        crosses.append(covariance([x_CT[known] for x_CT in white], [at[known]] * len(white), len(whiten.channels)))
+    own = whiten.joined([group_R[i] for i in strangers], crosses)
+    group_R[strangers] = len(whiten.names) + np.arange(len(strangers))
+    return own, group_R
 
 
 def even(items: list, most: int) -> list:

@@ -59,7 +59,7 @@ def save_model(path: Path, net: Velocity, whiten: Whitening, meta: dict) -> None
     """Write a network with its filters; `meta` has `predict`, `window`, `level`, `templates`, `run`, `step` and lineage."""
     tensors = {f"net.{k}": t for k, t in net.state_dict().items()}
     tensors |= {f"whiten.{k}": t for k, t in whiten.tensors().items()}
-    own = {"format": FORMAT, "version": VERSION, "groups": whiten.names, **describe(net)}
+    own = {"format": FORMAT, "version": VERSION, "groups": whiten.names, "channels": whiten.channels, **describe(net)}
     save_tensors(path, tensors, own | meta)
 
 
@@ -71,7 +71,7 @@ def load_model(path: str | Path) -> tuple[Velocity, Whitening, dict]:
     net = rebuild(meta)
     net.load_state_dict({k.removeprefix("net."): t for k, t in tensors.items() if k.startswith("net.")})
     own = {k.removeprefix("whiten."): t for k, t in tensors.items() if k.startswith("whiten.")}
-    return net.eval().requires_grad_(False), restore(meta["groups"], own), meta
+    return net.eval().requires_grad_(False), restore(meta["groups"], own, meta.get("channels", ())), meta
 
 
 def fitting(net: Velocity, meta: dict, given: dict[str, float]) -> list[dict]:
@@ -99,9 +99,9 @@ def draw_windows(
     solver: str = "heun",
 ) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
     """
-    White windows (N, C, T) modelled on a template, their log RMS (N, None if the model has no levels), and their codes (N, F).
+    White windows (N, C, T) modelled on a template, their log RMS (N, None if the model has no levels), and their codes (N, F + 2 Q).
 
-    Each is a function of (seed, its number). `given` replaces conditions of the template; without any, only the level is left.
+    Each is a function of (seed, its number). `given` replaces conditions of the template; without any, only level and rhythms are left.
     """
     log_N, deviate_N = whiten.draw_levels(uniform(seed, 0, index_N, 1, "flow level")[:, 0], template["group"])
     code_F = torch.tensor([math.nan if v is None else v for v in template["code"]], dtype=torch.float32)
@@ -112,6 +112,8 @@ def draw_windows(
     if unconditional:
         code_NF[:] = math.nan
     code_NF[:, -1] = deviate_N if meta["level"] else math.nan
+    u_NQ = uniform(seed, 0, index_N, net.shape.rhythms, "flow rhythm")
+    code_NF = torch.cat([code_NF, whiten.draw_rhythms(u_NQ, template["group"])], 1)
     how = (positions_of(template), meta["window"], meta["predict"], cfg, nfe, solver, seed)
     return flow.sample(net, code_NF, *how, first=int(index_N[0])), log_N if meta["level"] else None, code_NF
 
@@ -124,7 +126,13 @@ def positions_of(template: dict) -> torch.Tensor:
 def in_unit(whiten: Whitening, template: dict, w_NCT: torch.Tensor, log_N: np.ndarray | None) -> np.ndarray:
     """White windows with the template's spectrum, in its unit (uV, g), float64 (N, C, T)."""
     scale_C1, offset_C1 = (np.array(template[name])[:, None] for name in ("scale", "offset"))
-    return whiten.colour(w_NCT, template["group"], log_N) * scale_C1 + offset_C1
+    return whiten.colour(mixed(whiten, template, w_NCT), template["group"], log_N) * scale_C1 + offset_C1
+
+
+def mixed(whiten: Whitening, template: dict, w_NCT: torch.Tensor) -> torch.Tensor:
+    """White windows with what the template's channels have in common."""
+    number = {name: v for v, name in enumerate(whiten.channels)}
+    return whiten.mixed(w_NCT, template["group"], np.array([number.get(name, -1) for name in template["names"]]))
 
 
 def calibrate(net: Velocity, whiten: Whitening, meta: dict, windows: int, seed: int, nfe: int, solver: str) -> None:
@@ -135,4 +143,5 @@ def calibrate(net: Velocity, whiten: Whitening, meta: dict, windows: int, seed: 
         index_N = CALIBRATION + k * each + np.arange(each)
         w_NCT, log_N, _ = draw_windows(net, whiten, meta, template, index_N, seed, nfe=nfe, solver=solver)
         apart = meta["window"] >= SEGMENT  # shorter windows are measured end to end: their levels would jump in between
+        w_NCT = mixed(whiten, template, w_NCT)
         whiten.calibrate(group, whiten.colour(w_NCT, group, log_N if apart else None, trim=False))

@@ -63,7 +63,7 @@ def flow_scores(
     positions_1C3 = test[0].positions_BC3[:1].to(device)
 
     def of(count: int) -> flow.Velocity:
-        code_NF = torch.full((count, len(net.given.conditions)), math.nan, device=device)
+        code_NF = torch.full((count, net.codes), math.nan, device=device)
         return flow.network_velocity(net, code_NF, positions_1C3.expand(count, -1, -1), predict)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lib import rhythm
 from lib.conditions import Condition, Conditioning
 from lib.grid import Grid
 from lib.models import Architecture, Encoder
@@ -36,6 +37,7 @@ class Shape:
     kernel: int = 3  # taps of a convolution
     blocks: int = 1  # convolutions of a stage, in the stem and in the decoder
     condition: int = 64  # width of time and conditions
+    rhythms: int = 0  # whose clocks the stem is shown (lib/rhythm.py)
     look: bool = False  # whether features of the clean window are a condition
 
 
@@ -77,7 +79,9 @@ def modulated(z: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
 
 class Velocity(nn.Module):
     """
-    From noisy windows (B, C, T), times (B) and condition codes (B, F; NaN for null) to an output of the windows' shape, zero at first.
+    From noisy windows (B, C, T), times (B) and codes (B, F + 2 Q; NaN for null) to an output of the windows' shape, zero at first.
+
+    Codes are those of F conditions, then frequency and phase of Q rhythms.
 
     Windows of any number of channels; of any length, which is filled up with zeros to whole patches inside. Beside the output come the
     features (B, N, D) of the tokens. `seen_BD`, if it was built to `look`, is what another encoder makes of the clean window.
@@ -94,6 +98,7 @@ class Velocity(nn.Module):
         steps = list(zip(self.strides, [1, *widths], self.widths, strict=True))
         self.down = nn.ModuleList(nn.Linear(s * fine, coarse) for s, fine, coarse in steps)
         self.up = nn.ModuleList(nn.Linear(coarse, s * fine) for s, fine, coarse in steps[1:])
+        self.clock = nn.Linear(2 * shape.rhythms * rhythm.ORDER, self.widths[0], bias=False) if shape.rhythms else None
         self.stem = nn.ModuleList(ConvBlock(w, shape.kernel) for w in widths for _ in range(shape.blocks))
         self.decoder = nn.ModuleList(ConvBlock(w, shape.kernel) for w in widths for _ in range(shape.blocks))
         self.last = nn.Linear(self.widths[0], self.strides[0])
@@ -110,6 +115,11 @@ class Velocity(nn.Module):
         self.checkpointing = (
             False  # forget activations of stages and blocks and compute them twice: less memory, more time
         )
+
+    @property
+    def codes(self) -> int:
+        """Numbers that a window's conditions and rhythms are."""
+        return len(self.given.conditions) + 2 * self.shape.rhythms
 
     @property
     def shared(self) -> nn.Parameter:
@@ -131,6 +141,10 @@ class Velocity(nn.Module):
         z_RTW, skips = x_BCT.flatten(0, 1)[:, :, None], []
         for stage, (stride, down) in enumerate(zip(self.strides, self.down, strict=True)):
             z_RTW = down(z_RTW.reshape(B * C, z_RTW.shape[1] // stride, -1))
+            if stage == 0 and self.clock is not None:
+                rhythm_BQ2 = code_BF[:, len(self.given.conditions) :].unflatten(1, (-1, 2))
+                z_BTW = self.clock(rhythm.clock(rhythm_BQ2, z_RTW.shape[1], stride, T))
+                z_RTW = z_RTW + (z_BTW.repeat_interleave(C, 0) if C > 1 else z_BTW)
             if stage < len(self.up):
                 z_RTW = self.stage(self.stem, stage, z_RTW, stem)
                 skips.append(z_RTW)

@@ -4,18 +4,22 @@ Whitening by linear prediction, and the level of a window as a variable of its o
 White noise and a squared error leave a floor of noise over every band that is empty, and real spectra span 60 to 80 dB. So a filter
 of each group of training recordings, fitted on their continuous signals, flattens the spectrum before windows are cut, and its exact
 inverse, stable by construction, puts it back onto generated windows. The RMS of a window is divided out as well; models see its rank
-within the group instead, and generated windows get the RMS of the rank that was drawn. After training a gain per frequency, `trim`,
+within the group instead, and generated windows get the RMS of the rank that was drawn. What channels have in common
+(lib/mixing.py) and rhythms (lib/rhythm.py) go with the filters. After training a gain per frequency, `trim`,
 mends what is left between the mean spectra of generated and training signals. All of it is stored with the model.
 
-Signals are in the cache's model unit. Shape letters: B windows, C channels, T samples, K order, G groups, Q quantiles, F frequencies.
+Signals are in the cache's model unit. Shape letters: B windows, C channels, T samples, K order, G groups, Q quantiles or rhythms, F frequencies,
+V channels of all recordings.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+
+from lib import mixing, rhythm
 
 QUANTILES = 65  # of a group's levels: every 1.6 %
 SEGMENT = 256  # samples of the segments that mean spectra are of
@@ -28,15 +32,18 @@ TAIL = 0.005  # ranks are clipped by this much, so that deviates of the rarest l
 
 @dataclass
 class Whitening:
-    """A filter and a table of levels for each group of recordings, float64; `names` says which groups."""
+    """A filter and a table of levels for each group of recordings, float64; `names` says which groups, `channels` which channels mix."""
 
     names: tuple[str, ...]
+    channels: tuple[str, ...]
     taps_GK: (
         torch.Tensor
     )  # (G, K + 1): a window's whitened sample is the sum of taps x the samples from itself backwards
     level_GQ: torch.Tensor  # quantiles of the natural logarithm of windows' RMS
     power_GF: torch.Tensor  # mean spectrum of the training signals
     trim_GF: torch.Tensor  # gain on generated signals; 1 until `calibrate`
+    rhythm_GQ: torch.Tensor  # frequencies of the envelope's rhythms, cycles per sample; NaN where there is none
+    cross_GVV: torch.Tensor  # covariance of the whitened channels; V is 0 where they aren't unmixed
 
     @property
     def order(self) -> int:
@@ -45,13 +52,21 @@ class Whitening:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """For a model file; `restore` is the way back."""
-        return {name: getattr(self, name) for name in ("taps_GK", "level_GQ", "power_GF", "trim_GF")}
+        return {field.name: getattr(self, field.name) for field in fields(self)[2:]}
 
-    def whiten(self, x_BCT: torch.Tensor, group_B: np.ndarray, mask_BC: torch.Tensor | None, level: bool = True):
+    def whiten(
+        self,
+        x_BCT: torch.Tensor,
+        group_B: np.ndarray,
+        mask_BC: torch.Tensor | None,
+        level: bool = True,
+        place_BC: np.ndarray | None = None,
+    ):
         """
         Windows without the `order` samples before them, whitened, float32 (B, C, T), and their levels as normal deviates (B).
 
-        Windows must begin `order` samples early. With `level` the RMS of each is that of its group's median window.
+        Windows must begin `order` samples early. With `level` the RMS of each is that of its group's median window. `place_BC` says which of
+        `channels` (-1: none) their channels are; without it they stay mixed.
         """
         x_BCT = x_BCT.double()
         taps_BK = self.taps_GK[torch.from_numpy(group_B)]
@@ -61,12 +76,35 @@ class Whitening:
             w_BCT = torch.fft.irfft(product, n)[:, :, self.order :]
         else:
             w_BCT = x_BCT * taps_BK[:, :, None]
+        if place_BC is not None and len(self.channels):
+            w_BCT = mixing.unmixed(w_BCT, self.cross_GVV, group_B, place_BC, mask_BC)
         log_B = log_rms(x_BCT[:, :, self.order :], mask_BC)
         deviate_B = self.deviate(log_B, group_B)
         if level:
             median_B = self.level_GQ[torch.from_numpy(group_B), QUANTILES // 2]
             w_BCT = w_BCT * torch.exp(median_B - log_B).clamp(0.01, 100.0)[:, None, None]
         return w_BCT.float(), deviate_B.float()
+
+    def rhythms(self, w_BCT: torch.Tensor, group_B: np.ndarray, mask_BC: torch.Tensor | None) -> torch.Tensor:
+        """Frequency and phase of the rhythms of whitened windows, float32 (B, 2 Q); NaN where there is none."""
+        rhythm_BQ = self.rhythm_GQ[torch.from_numpy(group_B)]
+        if rhythm_BQ.isnan().all():
+            return rhythm_BQ.repeat_interleave(2, 1).float()
+        return torch.stack([rhythm_BQ, rhythm.phases(w_BCT, rhythm_BQ, mask_BC)], 2).flatten(1).float()
+
+    def mixed(self, w_NCT: torch.Tensor, group: int, place_C: np.ndarray) -> torch.Tensor:
+        """White channels with what those `place_C` of a group have in common; the inverse of what `whiten` does to them, float64."""
+        if not len(self.channels):
+            return w_NCT.double()
+        root_1CC, _ = mixing.roots(mixing.own(self.cross_GVV, np.array([group]), place_C[None]))
+        return root_1CC[0] @ w_NCT.double()
+
+    def joined(self, groups: Sequence[int], crosses: Sequence[np.ndarray]) -> "Whitening":
+        """With further groups, each like one that is there but for what its channels have in common."""
+        at = torch.tensor([*range(len(self.names)), *groups])
+        rows = {name: values[at] for name, values in self.tensors().items()}
+        rows["cross_GVV"] = torch.cat([self.cross_GVV, torch.from_numpy(np.stack(crosses))])
+        return Whitening(self.names + ("",) * len(groups), self.channels, **rows)
 
     def unwhiten(self, w_CT: np.ndarray, group: int, before_CK: np.ndarray) -> np.ndarray:
         """The exact inverse for a signal whose `order` preceding samples are known; float64."""
@@ -78,7 +116,7 @@ class Whitening:
 
     def colour(self, w_NCT: torch.Tensor, group: int, log_N: np.ndarray | None, trim: bool = True) -> np.ndarray:
         """
-        Generated windows of one group as signals with its spectrum, and with RMS exp(log_N), or as it comes; float64 (N, C, T).
+        Generated windows of one group, mixed, as signals with its spectrum, and with RMS exp(log_N), or as it comes; float64 (N, C, T).
 
         They are laid end to end in a ring, so that none begins in silence: each rings on from the one before it.
         """
@@ -112,6 +150,11 @@ class Whitening:
         log_N = np.interp(u_N, np.linspace(0, 1, QUANTILES), self.level_GQ[group].numpy())
         return log_N, torch.special.ndtri(torch.from_numpy(u_N).clamp(TAIL, 1 - TAIL)).float()
 
+    def draw_rhythms(self, u_NQ: np.ndarray, group: int) -> torch.Tensor:
+        """Those of a group with phases that are uniform if `u_NQ` is, float32 (N, 2 Q)."""
+        rhythm_NQ = self.rhythm_GQ[group].expand(u_NQ.shape)
+        return torch.stack([rhythm_NQ, torch.from_numpy(u_NQ) - 0.5], 2).flatten(1).float()
+
     def choose(self, correlation_K: np.ndarray) -> int:
         """The group whose filter predicts a signal of this autocorrelation best: the largest Gaussian likelihood (Itakura 1975)."""
         power_G = np.einsum("gk,kl,gl->g", self.taps_GK, toeplitz(correlation_K), self.taps_GK)
@@ -132,28 +175,55 @@ class Whitening:
             self.trim_GF[group] = gain_F.clamp(1e-4, 1e2)
 
 
-def restore(names: Sequence[str], tensors: dict[str, torch.Tensor]) -> Whitening:
+def restore(names: Sequence[str], tensors: dict[str, torch.Tensor], channels: Sequence[str] = ()) -> Whitening:
     """A whitening from what `tensors` gave."""
-    return Whitening(tuple(names), *(tensors[name] for name in ("taps_GK", "level_GQ", "power_GF", "trim_GF")))
+    older = {
+        "rhythm_GQ": torch.zeros(len(names), 0),
+        "cross_GVV": torch.zeros(len(names), 0, 0),
+    }  # files that have none
+    return Whitening(tuple(names), tuple(channels), **older | tensors)
 
 
-def fit(names: Sequence[str], signals: Sequence[list[torch.Tensor]], order: int, samples: int) -> Whitening:
+def fit(
+    names: Sequence[str],
+    signals: Sequence[list[torch.Tensor]],
+    order: int,
+    samples: int,
+    rhythms: int = 0,
+    channels: Sequence[str] = (),
+    places: Sequence[list[np.ndarray]] = (),
+) -> Whitening:
     """
-    Filters of `order` (0: only a gain) and levels of windows of `samples`, of groups of signals, each float (C, T) and longer than a window.
+    Filters of `order` (0: only a gain), levels of windows of `samples` and at most so many `rhythms`, of groups of signals, each float (C, T) and
+    longer than a window.
 
+    With `channels`, `places` says for every signal which of them its rows are, and what they have in common is measured.
     A group's filter solves the normal equations of its mean autocorrelation, so its inverse is stable (Makhoul 1975).
     """
-    taps, levels, powers = [], [], []
-    for group in signals:
+    taps, levels, powers, lines, crosses = [], [], [], [], []
+    for group, at in zip(signals, places if channels else [()] * len(signals), strict=True):
         correlation_K = np.mean([autocorrelation(x_CT, order) for x_CT in group], axis=0)
         taps.append(predictor(correlation_K))
         log = np.concatenate([window_levels(x_CT, samples) for x_CT in group])
         levels.append(np.quantile(log, np.linspace(0, 1, QUANTILES)))
         long = [mean_spectrum(x_CT.double()).mean(0) for x_CT in group if x_CT.shape[1] >= SEGMENT]
+        white = [filtered(x_CT.double(), taps[-1]) for x_CT in group] if rhythms or channels else []
+        crosses.append(mixing.covariance(white if channels else [], at, len(channels)))
+        lines.append(rhythm.find(white, rhythms, samples))
         powers.append(torch.stack(long).mean(0) if long else torch.zeros(SEGMENT // 2 + 1, dtype=torch.float64))
-    power_GF = torch.stack(powers)
+    power_GF, rhythm_GQ = torch.stack(powers), torch.from_numpy(np.stack(lines))
+    rhythm_GQ = rhythm_GQ[:, rhythm_GQ.isfinite().any(0)]
     tables = (torch.from_numpy(np.stack(rows)) for rows in (taps, levels))
-    return Whitening(tuple(names), *tables, power_GF, torch.ones_like(power_GF))
+    cross_GVV = torch.from_numpy(np.stack(crosses))
+    return Whitening(tuple(names), tuple(channels), *tables, power_GF, torch.ones_like(power_GF), rhythm_GQ, cross_GVV)
+
+
+def filtered(x_CT: torch.Tensor, taps_K: np.ndarray) -> torch.Tensor:
+    """A signal whitened, without its first samples, which the filter has no past of."""
+    from scipy.signal import oaconvolve  # here: it takes a second
+
+    order = len(taps_K) - 1
+    return torch.from_numpy(oaconvolve(x_CT.numpy(), taps_K[None], axes=1)[:, order : x_CT.shape[1]])
 
 
 def autocorrelation(x_CT: torch.Tensor, order: int) -> np.ndarray:
