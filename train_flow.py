@@ -104,7 +104,7 @@ class Config(RunConfig):
     whiten_by: Literal["recording", "dataset"] = "recording"  # whose filters and levels
     unmix: bool = True  # take off what channels have in common, where there are several
     level: bool = True  # divide out a window's RMS and condition on it
-    rhythms: int = 2  # of the envelope, whose phases are conditions too, for recordings that have any; 0: none
+    rhythms: int = 2  # 0, 1 or 2 of the envelope: their phases are conditions, and what they repeat is taken off
     calibrate: int = 1024  # samples that the final gain per frequency is measured on; 0: no such gain
     predict: Literal["preconditioned", "v", "x1"] = "preconditioned"  # what the network's output means
     times: Literal["logit-normal", "uniform", "ends"] = "logit-normal"  # where on the path it is trained
@@ -200,7 +200,10 @@ def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int,
         x1_BCT, level_B = target.whiten.whiten(part.x_BCT, target.group_R[row_B], part.mask_BC, cfg.level, place_BC)
         code_BF = target.code_RF[torch.from_numpy(row_B)]
         code_BF[:, -1] = level_B if cfg.level else math.nan
-        code_BF = torch.cat([code_BF, target.whiten.rhythms(x1_BCT, target.group_R[row_B], part.mask_BC)], 1)
+        rhythm_BX = target.whiten.rhythms(x1_BCT, target.group_R[row_B], part.mask_BC)
+        if rhythm_BX.shape[1] and x1_BCT.shape[1] == 1:
+            x1_BCT = x1_BCT - target.whiten.repeated(rhythm_BX, target.group_R[row_B], x1_BCT.shape[2])
+        code_BF = torch.cat([code_BF, rhythm_BX], 1)
         u_BF = torch.from_numpy(uniform(cfg.seed, step, index, target.code_RF.shape[1] + 1, "flow drop"))
         code_BF = conditions.dropped(code_BF, u_BF, drop)
         t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
@@ -325,6 +328,8 @@ def check(cfg: Config, ranks: Ranks) -> None:
         positive="batch window stride nfe lr clip log_every val_windows steps epochs pairs kernel temperature patch",
         not_negative="rhythms sample micro max_channels eval_every save_every weight_decay seed keep whiten_order calibrate contrast align",
     )
+    if cfg.rhythms > 2:
+        raise Unusable(f"--rhythms {cfg.rhythms}: two are the most, blows and the shaft that they follow")
     if cfg.kernel % 2 == 0 or not cfg.widths or min(cfg.widths) < 1:
         raise Unusable(f"--kernel {cfg.kernel} must be odd, and --widths {cfg.widths} positive")
     if cfg.share == "repa" and not (cfg.init and cfg.align):
@@ -618,9 +623,9 @@ def generate(cfg: Config, ranks: Ranks) -> dict:
         if count:
             started = time.perf_counter()
             how = (given, cfg.unconditional, cfg.guidance, cfg.nfe, cfg.solver)
-            w_NCT, log_N, _ = draw_windows(net, whiten, meta, template, first + np.arange(count), cfg.seed, *how)
+            w_NCT, log_N, code_NX = draw_windows(net, whiten, meta, template, first + np.arange(count), cfg.seed, *how)
             spent_s += time.perf_counter() - started
-            found.append((template, in_unit(whiten, template, w_NCT, log_N)))
+            found.append((template, in_unit(whiten, template, w_NCT, log_N, code_NX)))
             first += count
     flags = f"--sample {cfg.sample} --model {cfg.model} --out {cfg.out} --seed {cfg.seed} --nfe {cfg.nfe} --solver {cfg.solver}"
     recordings = write_generated(cfg.out, found, meta["run"], f"python {Path(__file__).name} {flags}")
@@ -661,6 +666,7 @@ def score(cfg: Config, ranks: Ranks) -> dict:
         for i in np.unique(row_N[kept]).tolist():  # the filter that fits best, whatever is known of the recording
             group_R[i] = whiten.choose(whitening.autocorrelation(torch.cat(corpus.signal(i, name), 1), whiten.order))
         code_RF = torch.full((len(well_R), len(net.given.conditions)), math.nan)  # what is asked for is never told
+        whiten.rhythm_GQ[:] = math.nan  # nor that it keeps the time of a machine that was trained on
         own, own_R = unmix_strangers(corpus, whiten, group_R, np.unique(row_N[kept]).tolist(), name)
         target = Target(corpus, own, own_R, code_RF, corpus.places(own.channels))
         drawn = draw(target, row_N[kept], start_N[kept], np.arange(len(kept)), cfg, 64, EVAL_STEP, 0.0)

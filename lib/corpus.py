@@ -16,8 +16,7 @@ import torch
 from lib.batches import Part, read_parts
 from lib.cache import Cache, Recording
 from lib.errors import Unusable
-from lib.mixing import covariance
-from lib.whitening import Whitening, autocorrelation, filtered, fit
+from lib.whitening import Whitening, autocorrelation, channel_filters, fit
 from lib.windows import Windows
 
 MOST_FILTERS = 512  # groups that have a filter of their own
@@ -170,13 +169,15 @@ def unmix_strangers(
     """
     if not whiten.channels or not strangers:
         return whiten, group_R
-    place_RC, group_R, crosses = corpus.places(whiten.channels), group_R.copy(), []
+    place_RC, group_R, filters, crosses = corpus.places(whiten.channels), group_R.copy(), [], []
     for i in strangers:
-        taps_K = whiten.taps_GK[group_R[i]].numpy()
-        white = [filtered(x_CT.double(), taps_K) for x_CT in corpus.signal(i, part)]
         known = (at := place_RC[i, corpus.good(i)]) >= 0
-        crosses.append(covariance([x_CT[known] for x_CT in white], [at[known]] * len(white), len(whiten.channels)))
-    own = whiten.joined([group_R[i] for i in strangers], crosses)
+        signals = [x_CT[known] for x_CT in corpus.signal(i, part)]
+        taps_K = whiten.taps_GK[group_R[i]].numpy()
+        own_VK, cross_VV, _ = channel_filters(signals, [at[known]] * len(signals), len(whiten.channels), taps_K)
+        filters.append(own_VK)
+        crosses.append(cross_VV)
+    own = whiten.joined([group_R[i] for i in strangers], filters, crosses)
     group_R[strangers] = len(whiten.names) + np.arange(len(strangers))
     return own, group_R
 

@@ -123,16 +123,24 @@ def positions_of(template: dict) -> torch.Tensor:
     return torch.tensor([p or [math.nan] * 3 for p in template["positions"]], dtype=torch.float32)
 
 
-def in_unit(whiten: Whitening, template: dict, w_NCT: torch.Tensor, log_N: np.ndarray | None) -> np.ndarray:
-    """White windows with the template's spectrum, in its unit (uV, g), float64 (N, C, T)."""
+def in_unit(
+    whiten: Whitening, template: dict, w_NCT: torch.Tensor, log_N: np.ndarray | None, code_NX: torch.Tensor
+) -> np.ndarray:
+    """White windows with what the template repeats, and with its spectrum, in its unit (uV, g), float64 (N, C, T)."""
     scale_C1, offset_C1 = (np.array(template[name])[:, None] for name in ("scale", "offset"))
-    return whiten.colour(mixed(whiten, template, w_NCT), template["group"], log_N) * scale_C1 + offset_C1
+    w_NCT, place_C = mixed(whiten, template, w_NCT, code_NX)
+    return whiten.colour(w_NCT, template["group"], log_N, place_C=place_C) * scale_C1 + offset_C1
 
 
-def mixed(whiten: Whitening, template: dict, w_NCT: torch.Tensor) -> torch.Tensor:
-    """White windows with what the template's channels have in common."""
+def mixed(
+    whiten: Whitening, template: dict, w_NCT: torch.Tensor, code_NX: torch.Tensor
+) -> tuple[torch.Tensor, np.ndarray]:
+    """White windows with what the template repeats and what its channels have in common, and which of the filters' channels these are."""
+    if w_NCT.shape[1] == 1 and (rhythms := 2 * whiten.rhythm_GQ.shape[1]):
+        w_NCT = w_NCT + whiten.repeated(code_NX[:, -rhythms:], np.full(len(w_NCT), template["group"]), w_NCT.shape[2])
     number = {name: v for v, name in enumerate(whiten.channels)}
-    return whiten.mixed(w_NCT, template["group"], np.array([number.get(name, -1) for name in template["names"]]))
+    place_C = np.array([number.get(name, -1) for name in template["names"]])
+    return whiten.mixed(w_NCT, template["group"], place_C), place_C
 
 
 def calibrate(net: Velocity, whiten: Whitening, meta: dict, windows: int, seed: int, nfe: int, solver: str) -> None:
@@ -141,7 +149,7 @@ def calibrate(net: Velocity, whiten: Whitening, meta: dict, windows: int, seed: 
     each = max(8, windows // len(groups))
     for k, (group, template) in enumerate(tqdm(groups.items(), desc="calibrating", unit="filter", dynamic_ncols=True)):
         index_N = CALIBRATION + k * each + np.arange(each)
-        w_NCT, log_N, _ = draw_windows(net, whiten, meta, template, index_N, seed, nfe=nfe, solver=solver)
+        w_NCT, log_N, code_NX = draw_windows(net, whiten, meta, template, index_N, seed, nfe=nfe, solver=solver)
         apart = meta["window"] >= SEGMENT  # shorter windows are measured end to end: their levels would jump in between
-        w_NCT = mixed(whiten, template, w_NCT)
-        whiten.calibrate(group, whiten.colour(w_NCT, group, log_N if apart else None, trim=False))
+        w_NCT, place_C = mixed(whiten, template, w_NCT, code_NX)
+        whiten.calibrate(group, whiten.colour(w_NCT, group, log_N if apart else None, False, place_C))

@@ -24,6 +24,8 @@ LONGEST = 16  # windows that a signal must be as long as: lines of a shorter one
 PEAKS = 30  # lines that rhythms have to explain
 ORDER = 8  # of the harmonics, and of the sums and differences that count as explained
 FADES = 0.9  # what an explained line counts less for each order above the first
+HARMONICS, SIDEBANDS = 60, 4  # of the first rhythm, and of the second around each, that lib/regular.py uses
+FAR = 0.25  # cycles per sample that the first one's should reach
 GAIN = 0.05  # of the lines' power: what another rhythm must explain more
 LOUDEST = 0.999  # quantile that envelopes are clipped at, so that one knock is not a rhythm
 
@@ -62,6 +64,8 @@ def find(signals: list[torch.Tensor], count: int, samples: int) -> np.ndarray:
             break
         basis.append(float(hz_P[int(np.argmax(scores))]))
         found[q] = basis[-1]
+    if count > 1 and found[0] * HARMONICS < FAR < found[1] * HARMONICS:  # false for NaN
+        found[:2] = found[1::-1]  # a slow rhythm's harmonics don't reach far: it is the second's sidebands
     return found
 
 

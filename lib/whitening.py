@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from lib import mixing, rhythm
+from lib import mixing, regular, rhythm
 
 QUANTILES = 65  # of a group's levels: every 1.6 %
 SEGMENT = 256  # samples of the segments that mean spectra are of
@@ -43,7 +43,9 @@ class Whitening:
     power_GF: torch.Tensor  # mean spectrum of the training signals
     trim_GF: torch.Tensor  # gain on generated signals; 1 until `calibrate`
     rhythm_GQ: torch.Tensor  # frequencies of the envelope's rhythms, cycles per sample; NaN where there is none
+    own_GVK: torch.Tensor  # filters of single channels; V is 0 where all of a recording have one
     cross_GVV: torch.Tensor  # covariance of the whitened channels; V is 0 where they aren't unmixed
+    repeats: regular.Regular | None = None  # what signals of one channel repeat
 
     @property
     def order(self) -> int:
@@ -52,7 +54,18 @@ class Whitening:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """For a model file; `restore` is the way back."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        found = {field.name: getattr(self, field.name) for field in fields(self)[2:-1]}
+        own = {} if self.repeats is None else vars(self.repeats)
+        return found | {f"repeats.{k}": torch.view_as_real(t) if t.is_complex() else t for k, t in own.items()}
+
+    def filters(self, group_B: np.ndarray, place_BC: np.ndarray | None) -> torch.Tensor:
+        """Taps (B, C or 1, K + 1) of windows: those of their channels as far as known, else those of their groups."""
+        taps_B1K = self.taps_GK[torch.from_numpy(group_B)][:, None]
+        if place_BC is None or not len(self.channels):
+            return taps_B1K
+        place_BC = torch.from_numpy(place_BC)
+        own_BCK = self.own_GVK[torch.from_numpy(group_B)[:, None], place_BC]
+        return torch.where((place_BC >= 0)[:, :, None], own_BCK, taps_B1K)
 
     def whiten(
         self,
@@ -69,13 +82,13 @@ class Whitening:
         `channels` (-1: none) their channels are; without it they stay mixed.
         """
         x_BCT = x_BCT.double()
-        taps_BK = self.taps_GK[torch.from_numpy(group_B)]
+        taps_BCK = self.filters(group_B, place_BC)
         if self.order:  # circular, which reaches the first `order` samples only
             n = x_BCT.shape[2]
-            product = torch.fft.rfft(x_BCT) * torch.fft.rfft(taps_BK, n)[:, None]
+            product = torch.fft.rfft(x_BCT) * torch.fft.rfft(taps_BCK, n)
             w_BCT = torch.fft.irfft(product, n)[:, :, self.order :]
         else:
-            w_BCT = x_BCT * taps_BK[:, :, None]
+            w_BCT = x_BCT * taps_BCK
         if place_BC is not None and len(self.channels):
             w_BCT = mixing.unmixed(w_BCT, self.cross_GVV, group_B, place_BC, mask_BC)
         log_B = log_rms(x_BCT[:, :, self.order :], mask_BC)
@@ -90,7 +103,16 @@ class Whitening:
         rhythm_BQ = self.rhythm_GQ[torch.from_numpy(group_B)]
         if rhythm_BQ.isnan().all():
             return rhythm_BQ.repeat_interleave(2, 1).float()
-        return torch.stack([rhythm_BQ, rhythm.phases(w_BCT, rhythm_BQ, mask_BC)], 2).flatten(1).float()
+        turn_BQ = rhythm.phases(w_BCT, rhythm_BQ, mask_BC)
+        if self.repeats is not None and w_BCT.shape[1] == 1:
+            turn_BQ = self.repeats.phases(w_BCT[:, 0], rhythm_BQ, group_B, turn_BQ)
+        return torch.stack([rhythm_BQ, turn_BQ], 2).flatten(1).float()
+
+    def repeated(self, code_BX: torch.Tensor, group_B: np.ndarray, samples: int) -> torch.Tensor:
+        """What every turn of these rhythms has, of white windows of one channel, float32 (B, 1, T); zero for groups that repeat nothing."""
+        if self.repeats is None:
+            return torch.zeros(len(code_BX), 1, samples)
+        return self.repeats.wave(code_BX.unflatten(1, (-1, 2)), group_B, samples)[:, None].float()
 
     def mixed(self, w_NCT: torch.Tensor, group: int, place_C: np.ndarray) -> torch.Tensor:
         """White channels with what those `place_C` of a group have in common; the inverse of what `whiten` does to them, float64."""
@@ -99,12 +121,13 @@ class Whitening:
         root_1CC, _ = mixing.roots(mixing.own(self.cross_GVV, np.array([group]), place_C[None]))
         return root_1CC[0] @ w_NCT.double()
 
-    def joined(self, groups: Sequence[int], crosses: Sequence[np.ndarray]) -> "Whitening":
-        """With further groups, each like one that is there but for what its channels have in common."""
+    def joined(self, groups: Sequence[int], own: Sequence[np.ndarray], crosses: Sequence[np.ndarray]) -> "Whitening":
+        """With further groups, each like one that is there but for the filters of its channels and what these have in common."""
         at = torch.tensor([*range(len(self.names)), *groups])
         rows = {name: values[at] for name, values in self.tensors().items()}
+        rows["own_GVK"] = torch.cat([self.own_GVK, torch.from_numpy(np.stack(own))])
         rows["cross_GVV"] = torch.cat([self.cross_GVV, torch.from_numpy(np.stack(crosses))])
-        return Whitening(self.names + ("",) * len(groups), self.channels, **rows)
+        return restore(self.names + ("",) * len(groups), rows, self.channels)
 
     def unwhiten(self, w_CT: np.ndarray, group: int, before_CK: np.ndarray) -> np.ndarray:
         """The exact inverse for a signal whose `order` preceding samples are known; float64."""
@@ -114,7 +137,14 @@ class Whitening:
         rows = zip(np.asarray(w_CT, np.float64), before_CK, strict=True)
         return np.stack([lfilter([1.0], taps_K, w, zi=lfiltic([1.0], taps_K, b[::-1]))[0] for w, b in rows])
 
-    def colour(self, w_NCT: torch.Tensor, group: int, log_N: np.ndarray | None, trim: bool = True) -> np.ndarray:
+    def colour(
+        self,
+        w_NCT: torch.Tensor,
+        group: int,
+        log_N: np.ndarray | None,
+        trim: bool = True,
+        place_C: np.ndarray | None = None,
+    ) -> np.ndarray:
         """
         Generated windows of one group, mixed, as signals with its spectrum, and with RMS exp(log_N), or as it comes; float64 (N, C, T).
 
@@ -126,7 +156,9 @@ class Whitening:
         ring_CM = w_NCT.double().numpy().transpose(1, 0, 2).reshape(C, N * T)
         laps = -(-HISTORY // (N * T))
         before_CM = np.tile(ring_CM, laps)[:, -HISTORY:]
-        y_CM = lfilter([1.0], self.taps_GK[group].numpy(), np.concatenate([before_CM, ring_CM], 1))[:, HISTORY:]
+        taps_CK = self.filters(np.array([group]), None if place_C is None else place_C[None])[0].expand(C, -1).numpy()
+        rows = zip(taps_CK, np.concatenate([before_CM, ring_CM], 1), strict=True)
+        y_CM = np.stack([lfilter([1.0], taps_K, x_M)[HISTORY:] for taps_K, x_M in rows])
         if trim:
             gain_F = self.trim_GF[group].numpy()
             at_F = np.linspace(0, 1, N * T // 2 + 1)
@@ -177,11 +209,14 @@ class Whitening:
 
 def restore(names: Sequence[str], tensors: dict[str, torch.Tensor], channels: Sequence[str] = ()) -> Whitening:
     """A whitening from what `tensors` gave."""
-    older = {
-        "rhythm_GQ": torch.zeros(len(names), 0),
-        "cross_GVV": torch.zeros(len(names), 0, 0),
-    }  # files that have none
-    return Whitening(tuple(names), tuple(channels), **older | tensors)
+    none = {"rhythm_GQ": (0,), "own_GVK": (0, tensors["taps_GK"].shape[1]), "cross_GVV": (0, 0)}  # in older files
+    older = {name: torch.zeros(len(names), *shape) for name, shape in none.items()}
+    own = {k: t for k, t in tensors.items() if not k.startswith("repeats.")}
+    parts = {k.removeprefix("repeats."): t for k, t in tensors.items() if k not in own}
+    complete = {k: t if "weight" in k else torch.view_as_complex(t) for k, t in parts.items()}
+    return Whitening(
+        tuple(names), tuple(channels), **older | own, repeats=regular.Regular(**complete) if parts else None
+    )
 
 
 def fit(
@@ -200,30 +235,68 @@ def fit(
     With `channels`, `places` says for every signal which of them its rows are, and what they have in common is measured.
     A group's filter solves the normal equations of its mean autocorrelation, so its inverse is stable (Makhoul 1975).
     """
-    taps, levels, powers, lines, crosses = [], [], [], [], []
+    taps, levels, powers, lines, own, crosses, found = [], [], [], [], [], [], []
     for group, at in zip(signals, places if channels else [()] * len(signals), strict=True):
         correlation_K = np.mean([autocorrelation(x_CT, order) for x_CT in group], axis=0)
         taps.append(predictor(correlation_K))
         log = np.concatenate([window_levels(x_CT, samples) for x_CT in group])
         levels.append(np.quantile(log, np.linspace(0, 1, QUANTILES)))
         long = [mean_spectrum(x_CT.double()).mean(0) for x_CT in group if x_CT.shape[1] >= SEGMENT]
-        white = [filtered(x_CT.double(), taps[-1]) for x_CT in group] if rhythms or channels else []
-        crosses.append(mixing.covariance(white if channels else [], at, len(channels)))
+        own_VK, cross_VV, white = channel_filters(group, at if channels else None, len(channels), taps[-1])
+        own.append(own_VK)
+        crosses.append(cross_VV)
         lines.append(rhythm.find(white, rhythms, samples))
+        one = all(len(x_CT) == 1 for x_CT in group) and np.isfinite(lines[-1]).any()
+        found.append(regular.learn(*_hops(group, white, samples), lines[-1]) if one else None)
         powers.append(torch.stack(long).mean(0) if long else torch.zeros(SEGMENT // 2 + 1, dtype=torch.float64))
     power_GF, rhythm_GQ = torch.stack(powers), torch.from_numpy(np.stack(lines))
     rhythm_GQ = rhythm_GQ[:, rhythm_GQ.isfinite().any(0)]
+    nothing, repeats = regular.nothing(), None
+    if any(found):
+        repeats = regular.Regular(*map(torch.stack, zip(*(r or nothing for r in found), strict=True)))
     tables = (torch.from_numpy(np.stack(rows)) for rows in (taps, levels))
-    cross_GVV = torch.from_numpy(np.stack(crosses))
-    return Whitening(tuple(names), tuple(channels), *tables, power_GF, torch.ones_like(power_GF), rhythm_GQ, cross_GVV)
+    trim_GF = torch.ones_like(power_GF)
+    own_GVK, cross_GVV = (torch.from_numpy(np.stack(rows)) for rows in (own, crosses))
+    fitted = (*tables, power_GF, trim_GF, rhythm_GQ, own_GVK, cross_GVV)
+    return Whitening(tuple(names), tuple(channels), *fitted, repeats)
 
 
-def filtered(x_CT: torch.Tensor, taps_K: np.ndarray) -> torch.Tensor:
-    """A signal whitened, without its first samples, which the filter has no past of."""
+def _hops(group: list[torch.Tensor], white: list[torch.Tensor], samples: int) -> tuple[torch.Tensor, int]:
+    """Windows (N, T) of the longest of whitened signals of one channel, at their median level, and the hop from each to the next."""
+    x_1T, w_1T = max(zip(group, white, strict=True), key=lambda pair: pair[0].shape[1])
+    level_N = torch.from_numpy(window_levels(x_1T[:, x_1T.shape[1] - w_1T.shape[1] :], samples))[: regular.MOST_WINDOWS]
+    w_NT = w_1T[0].unfold(0, samples, max(1, samples // 8))[: len(level_N)]
+    return (w_NT * torch.exp(level_N.median() - level_N)[:, None]).float(), max(1, samples // 8)
+
+
+def channel_filters(
+    signals: Sequence[torch.Tensor], places: Sequence[np.ndarray] | None, channels: int, taps_K: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
+    """
+    Filters of a group's channels (V, K + 1), what the whitened ones have in common (V, V), and signals (C, T - K) whitened by them.
+
+    Without `places` all have the filter of the group, as have channels that no signal has.
+    """
+    order, own_VK = len(taps_K) - 1, np.tile(taps_K, (channels, 1))
+    if places is None:
+        return own_VK, np.zeros((0, 0)), [filtered(x_CT.double(), taps_K[None]) for x_CT in signals]
+    found = [[] for _ in range(channels)]
+    for x_CT, place_C in zip(signals, places, strict=True):
+        for x_T, v in zip(x_CT, place_C, strict=True):
+            found[v].append(autocorrelation(x_T[None], order))
+    for v, correlations in enumerate(found):
+        if correlations and (mean_K := np.mean(correlations, axis=0))[0] > 0:
+            own_VK[v] = predictor(mean_K)
+    white = [filtered(x_CT.double(), own_VK[place_C]) for x_CT, place_C in zip(signals, places, strict=True)]
+    return own_VK, mixing.covariance(white, places, channels), white
+
+
+def filtered(x_CT: torch.Tensor, taps_CK: np.ndarray) -> torch.Tensor:
+    """A signal whitened, without its first samples, which the filters have no past of."""
     from scipy.signal import oaconvolve  # here: it takes a second
 
-    order = len(taps_K) - 1
-    return torch.from_numpy(oaconvolve(x_CT.numpy(), taps_K[None], axes=1)[:, order : x_CT.shape[1]])
+    order = taps_CK.shape[1] - 1
+    return torch.from_numpy(oaconvolve(x_CT.numpy(), taps_CK, axes=1)[:, order : x_CT.shape[1]])
 
 
 def autocorrelation(x_CT: torch.Tensor, order: int) -> np.ndarray:

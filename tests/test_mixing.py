@@ -42,7 +42,7 @@ def test_windows_of_any_channels_are_uncorrelated_and_come_back():
     places = [np.arange(5), np.array([6, 2, 0, 5])]
     crosses = [mixing.covariance([x], [at], 7) for x, at in zip(signals, places, strict=True)]
     cross_GVV = torch.from_numpy(np.stack(crosses))
-    whiten = whitening.Whitening(("a", "b"), tuple("tuvwxyz"), *[torch.zeros(2, 1)] * 5, cross_GVV)
+    whiten = whitening.Whitening(("a", "b"), tuple("tuvwxyz"), *[torch.zeros(2, 1)] * 6, cross_GVV)
     for group, kept in ((0, [0, 1, 2, 3, 4]), (0, [4, 1]), (1, [0, 1, 2, 3]), (1, [2])):
         x_BCT = signals[group][kept][None]
         place_BC = places[group][kept][None]
@@ -97,7 +97,7 @@ def test_a_filter_and_a_matrix_together_make_channels_white_and_colour_gives_the
         if order
         else w_BCT[:, :, : 512 * 100].unflatten(2, (100, 512))[0].transpose(0, 1)
     )
-    y_NCT = again.colour(again.mixed(noise_NCT, 0, np.arange(4)), 0, None)
+    y_NCT = again.colour(again.mixed(noise_NCT, 0, np.arange(4)), 0, None, place_C=np.arange(4))
     found_CC = np.cov(y_NCT.transpose(1, 0, 2).reshape(4, -1))
     assert np.allclose(found_CC, np.cov(x_CT.numpy()), atol=0.08 * np.abs(found_CC).max())
     del (tensors := whiten.tensors())["cross_GVV"]

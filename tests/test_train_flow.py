@@ -252,7 +252,7 @@ def test_the_contrastive_gradient_reaches_the_trunk_and_heads_are_in_the_optimiz
     cfg = config(caches[1:], tmp_path / "none", contrast=0.1)
     corpus = train_flow.Corpus(cfg.cache, 128, 8, 64, False, 0.6)
     encoder, _ = train_flow.start_encoder(cfg, corpus)
-    target, learned, _ = train_flow.fit_target(cfg, corpus)
+    target, _, learned, _ = train_flow.fit_target(cfg, corpus)
     model = train_flow.Model(train_flow.Velocity(encoder, learned, train_flow.Shape((8,), 3)), None, cfg)
     windows = corpus.windows("train")
     parts = train_flow.draw(target, *windows.locate(np.arange(12)), np.arange(12), cfg, 0, 0, 0.1)

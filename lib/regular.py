@@ -1,0 +1,161 @@
+"""
+What every turn of a machine repeats: the mean signal given the phases of its rhythms (lib/rhythm.py), found, taken off windows and put back.
+
+Half of the power of a bearing's vibration may be the same in every turn, up to harmonics that are a few samples long. Phases have to be that fine,
+and machines drift, so they are measured in every window by the signal's own lines: those that blows and their modulation by the shaft have at
+all sums of two rhythms' harmonics. What is left is random, and that is what a flow has to learn. This is the separation of Antoni and Randall (2004) with a clock from the signal
+itself; it is done for recordings of one channel.
+
+Frequencies are in cycles per sample, phases in turns at the middle of a window. Shape letters: B and N windows, T samples, Q rhythms, G groups,
+K kinds (signal, envelope), M harmonics of the first rhythm, N of the second.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lib.rhythm import FEWEST_CYCLES, HARMONICS, HIGHEST, SIDEBANDS, envelope
+
+FINE, COARSE = 512, 32  # phases that are tried of either
+NEAR, NEARBY = 0.02, 41  # turns that a phase differs at most from one hop to the next, and how many are tried
+PASSES = 3
+QUIET = 0.1  # what lines of the envelope count beside those of the signal, whose phases are finer
+MOST_WINDOWS = 1024
+
+
+@dataclass
+class Regular:
+    """
+    Mean lines of the signal and the envelope of each group at all sums of two rhythms' harmonics, and the signal they are of.
+    """
+
+    mean_GKMN: torch.Tensor  # complex64, K signal and envelope; M harmonics of the first rhythm, N of the second
+    weight_GKMN: torch.Tensor  # float32, one over the variance around it; 0 for lines that don't count
+    wave_GMN: torch.Tensor  # complex64, amplitudes of the signal
+
+    def phases(
+        self, x_BT: torch.Tensor, rhythm_BQ: torch.Tensor, group_B: np.ndarray, else_BQ: torch.Tensor
+    ) -> torch.Tensor:
+        """Where windows are in their group's turns (B, Q), of greatest likelihood for Gaussian noise around the mean lines; else `else_BQ`."""
+        at = torch.from_numpy(group_B)
+        turn_BQ = _likeliest(lines(x_BT, rhythm_BQ), self.mean_GKMN[at], self.weight_GKMN[at], rhythm_BQ)
+        return torch.where((self.weight_GKMN[at].amax((1, 2, 3)) > 0)[:, None], turn_BQ.to(else_BQ), else_BQ)
+
+    def wave(self, rhythm_BQ2: torch.Tensor, group_B: np.ndarray, samples: int) -> torch.Tensor:
+        """The part of windows that every turn has (B, T), zero for a group that has none."""
+        low_BMT, high_BNT = _carriers(rhythm_BQ2[:, :, 0], samples, rhythm_BQ2[:, :, 1])
+        wave_GMN = self.wave_GMN[torch.from_numpy(group_B)].to(low_BMT.dtype)
+        side_BMT = torch.einsum("bmn,bnt->bmt", wave_GMN, high_BNT)
+        return 2 * (side_BMT * low_BMT).real.sum(1)
+
+
+def lines(x_BT: torch.Tensor, rhythm_BQ: torch.Tensor) -> torch.Tensor:
+    """Signal and envelope of windows at the sums of two rhythms' harmonics, tapered, complex (B, 2, M, N)."""
+    loud_BT = envelope(x_BT[:, None])
+    both_BKT = torch.stack([x_BT, loud_BT - loud_BT.mean(1, keepdim=True)], 1)
+    both_BKT = both_BKT * torch.hann_window(x_BT.shape[1], dtype=x_BT.dtype)
+    low_BMT, high_BNT = _carriers(-rhythm_BQ, x_BT.shape[1])
+    return torch.einsum("bknt,bmt->bkmn", both_BKT[:, :, None] * high_BNT[:, None], low_BMT)
+
+
+def _carriers(
+    hz_BQ: torch.Tensor, samples: int, turn_BQ: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(2 pi i (frequency x time + phase)) to the powers 0 … HARMONICS of the first rhythm and -SIDEBANDS … SIDEBANDS of the second, complex64."""
+    at_T = torch.arange(samples, dtype=torch.float64) + 0.5 - samples / 2
+    angle_BQT = hz_BQ.double()[:, :, None] * at_T + (0.0 if turn_BQ is None else turn_BQ.double()[:, :, None])
+    first_B1T, second_B1T = torch.nn.functional.pad(angle_BQT.nan_to_num(), (0, 0, 0, 2 - hz_BQ.shape[1])).split(1, 1)
+
+    def power(angle_B1T: torch.Tensor, order_M: torch.Tensor) -> torch.Tensor:
+        angle_BMT = (2 * math.pi * ((order_M[:, None] * angle_B1T) % 1)).float()
+        return torch.polar(torch.ones_like(angle_BMT), angle_BMT)
+
+    step = 1 + math.isqrt(HARMONICS)  # sines of a few orders, and products for the others
+    ones_BMT, steps_BMT = (power(first_B1T, torch.arange(step) * k) for k in (1, step))
+    low_BMT = (steps_BMT[:, :, None] * ones_BMT[:, None]).flatten(1, 2)[:, : HARMONICS + 1]
+    return low_BMT, power(second_B1T, torch.arange(-SIDEBANDS, SIDEBANDS + 1))
+
+
+def _turned(turn_BQ: torch.Tensor) -> torch.Tensor:
+    """What lines of windows at these phases are turned by, complex (B, 1, M, N)."""
+    order_M, order_N = torch.arange(HARMONICS + 1.0), torch.arange(-SIDEBANDS, SIDEBANDS + 1.0)
+    turn_B2 = torch.nn.functional.pad(turn_BQ.nan_to_num().float(), (0, 2 - turn_BQ.shape[1]))
+    angle_BMN = order_M[:, None] * turn_B2[:, 0, None, None] + order_N * turn_B2[:, 1, None, None]
+    return torch.polar(torch.ones_like(angle_BMN), 2 * math.pi * angle_BMN)[:, None]
+
+
+def nothing() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `learn` would give of a signal that repeats nothing."""
+    shape = (HARMONICS + 1, 2 * SIDEBANDS + 1)
+    none_KMN = torch.zeros(2, *shape, dtype=torch.complex64)
+    return none_KMN, torch.zeros(2, *shape), none_KMN[0]
+
+
+def _likeliest(line_BKMN, mean_BKMN, weight_BKMN, rhythm_BQ: torch.Tensor) -> torch.Tensor:
+    """Phases (B, Q) at which lines are most alike the mean: the likelihood at all of them is one Fourier transform."""
+    alike_BMN = (line_BKMN * mean_BKMN.conj() * weight_BKMN).sum(1).to(torch.complex64)
+    padded = torch.zeros(len(alike_BMN), FINE, COARSE, dtype=torch.complex64)
+    padded[:, : HARMONICS + 1, torch.arange(-SIDEBANDS, SIDEBANDS + 1)] = alike_BMN
+    best_B = torch.fft.fft2(padded).real.flatten(1).argmax(1)
+    turn_BQ = torch.stack([best_B // COARSE / FINE, best_B % COARSE / COARSE], 1)[:, : rhythm_BQ.shape[1]]
+    return torch.where(rhythm_BQ.isfinite(), (turn_BQ + 0.5) % 1 - 0.5, math.nan)
+
+
+def learn(x_NT: torch.Tensor, hop: int, rhythm_Q: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Mean (2, M, N), weight and wave (M, N) of a signal's windows, each `hop` samples after the one before, whose rhythms are known.
+
+    Phases are followed from window to window first, so that high harmonics, which a slowly drifting machine blurs within a second, stay sharp.
+    """
+    hz_Q = torch.from_numpy(rhythm_Q)
+    rhythm_NQ = hz_Q.expand(len(x_NT), -1)
+    line_NKMN = torch.cat([lines(x, r) for x, r in zip(x_NT.split(64), rhythm_NQ.split(64), strict=True)])
+    counts_KMN = _orders(hz_Q, x_NT.shape[1])
+    weight_KMN = counts_KMN / (line_NKMN.abs().square().mean(0) + 1e-12)
+    turn_NQ = _followed(line_NKMN, weight_KMN, hz_Q, hop)
+    hop_share = x_NT.shape[1] / hop
+    for i in range(PASSES + 1):
+        turned_NKMN = line_NKMN * _turned(turn_NQ).conj()
+        mean_KMN = turned_NKMN.mean(0)
+        spread_KMN = turned_NKMN.abs().square().mean(0) - mean_KMN.abs().square()
+        error_KMN = spread_KMN * hop_share / len(x_NT)  # of the mean, as windows overlap
+        sure_KMN = (1 - error_KMN / (mean_KMN.abs().square() + 1e-12)).clamp(0, 1)
+        mean_KMN, weight_KMN = mean_KMN * sure_KMN, counts_KMN / (spread_KMN + 1e-12)
+        if i < PASSES:
+            turn_NQ = _likeliest(line_NKMN, mean_KMN[None], weight_KMN[None], rhythm_NQ)
+    wave_MN = mean_KMN[0] * (counts_KMN[0] > 0) / (0.5 * x_NT.shape[1])  # phases that come and go keep orders apart
+    found = Regular(mean_KMN[None], weight_KMN[None], wave_MN[None])
+    everyone_N = np.zeros(len(x_NT), np.int64)
+    own_NT = found.wave(torch.stack([rhythm_NQ, turn_NQ], 2), everyone_N, x_NT.shape[1])
+    share = float(((x_NT * own_NT).sum() / (own_NT.square().sum() + 1e-12)).clamp(0, 1))
+    return mean_KMN, weight_KMN, share * wave_MN
+
+
+def _orders(hz_Q: torch.Tensor, samples: int) -> torch.Tensor:
+    """Which sums of harmonics count (2, M, N) in the signal and in its envelope: 1 or 0."""
+    order_M, order_N = torch.arange(HARMONICS + 1.0).double(), torch.arange(-SIDEBANDS, SIDEBANDS + 1.0).double()
+    hz_2 = torch.nn.functional.pad(hz_Q.double(), (0, 2 - len(hz_Q)), value=math.nan)
+    hz_MN = order_M[:, None] * hz_2[0] + (order_N * hz_2[1].nan_to_num())
+    once_MN = torch.ones_like(hz_MN, dtype=torch.bool)
+    if not hz_2[1].isfinite():
+        once_MN = (order_N == 0).expand_as(once_MN)
+    good_MN = once_MN & (hz_MN > FEWEST_CYCLES / samples) & (hz_MN < 0.48)
+    return torch.stack([good_MN.float(), QUIET * (good_MN & (hz_MN < HIGHEST))])
+
+
+def _followed(line_NKMN: torch.Tensor, weight_KMN: torch.Tensor, hz_Q: torch.Tensor, hop: int) -> torch.Tensor:
+    """Phases (N, Q) of windows in a row, each the likeliest near where the one before it leads, given all before it."""
+    turn_NQ, total_KMN = torch.zeros(len(line_NKMN), len(hz_Q)), 0.0
+    near_G = torch.linspace(-NEAR, NEAR, NEARBY)
+    orders = (torch.arange(HARMONICS + 1.0), torch.arange(-SIDEBANDS, SIDEBANDS + 1.0))
+    apart = [torch.polar(torch.ones(len(k_X), NEARBY), -2 * math.pi * k_X[:, None] * near_G) for k_X in orders]
+    for i, line_KMN in enumerate(line_NKMN):
+        if i:
+            turn_NQ[i] = turn_NQ[i - 1] + (hz_Q * hop).nan_to_num().float()
+            for q in range(len(hz_Q)):
+                alike_MN = (line_KMN * total_KMN.conj() * weight_KMN).sum(0) * _turned(turn_NQ[i : i + 1])[0, 0].conj()
+                turn_NQ[i, q] += near_G[(alike_MN.sum(1 - q) @ apart[q]).real.argmax()]
+        total_KMN = total_KMN + line_KMN * _turned(turn_NQ[i : i + 1])[0].conj()
+    return torch.where(hz_Q.isfinite(), turn_NQ % 1, math.nan)

@@ -1,0 +1,104 @@
+"""lib/regular.py: what a drifting machine repeats is found through noise, and taken off and put back exactly."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lib import regular, whitening
+from tests.test_rhythm import BLOWS, SHAFT
+
+SAMPLES, HOP = 1024, 128
+
+
+def machine(
+    rng: np.random.Generator, samples: int = 40_000, noise: float = 0.5, drift: float = 1e-3
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """
+    A signal (1, T) that rings at every blow, the louder the higher the shaft stands, in noise, without the noise, and its blows in turns (T).
+
+    Its speed drifts by a share `drift`, slowly.
+    """
+    t = np.arange(samples)
+    turn = BLOWS * (t + drift * samples / 12 * np.sin(2 * np.pi * 2 * t / samples))
+    since = (turn % 1) / BLOWS
+    clean = np.exp(-since / 12) * np.sin(0.9 * since) * (1 + 0.5 * np.cos(2 * np.pi * turn * SHAFT / BLOWS))
+    clean = clean / clean.std()
+    return torch.from_numpy(clean + noise * rng.standard_normal(samples))[None].float(), clean, turn
+
+
+def windows(x_T: torch.Tensor, hop: int = HOP) -> torch.Tensor:
+    return torch.as_tensor(x_T).float().flatten().unfold(0, SAMPLES, hop)
+
+
+@pytest.fixture(scope="module")
+def learned() -> tuple[regular.Regular, torch.Tensor]:
+    hz_Q = np.array([BLOWS, SHAFT])
+    found = regular.learn(windows(machine(np.random.default_rng(0))[0]), HOP, hz_Q)
+    return regular.Regular(*(t[None] for t in found)), torch.from_numpy(hz_Q)
+
+
+def test_what_is_repeated_is_found_in_windows_that_nothing_was_learned_from(learned):
+    repeats, hz_Q = learned
+    x_1T, clean_T, turn_T = machine(np.random.default_rng(1))
+    x_NT, clean_NT = windows(x_1T, 777), windows(clean_T, 777)
+    hz_NQ, group_N = hz_Q.expand(len(x_NT), -1), np.zeros(len(x_NT), int)
+    turn_NQ = repeats.phases(x_NT, hz_NQ, group_N, torch.full((len(x_NT), 2), math.nan))
+    own_NT = repeats.wave(torch.stack([hz_NQ, turn_NQ], 2), group_N, SAMPLES)
+    assert float((clean_NT - own_NT).square().mean() / clean_NT.square().mean()) < 0.12
+    true_N = turn_T[np.arange(len(x_NT)) * 777 + SAMPLES // 2]
+    apart_N = np.exp(2j * np.pi * (turn_NQ[:, 0].numpy() - true_N))
+    assert np.abs(apart_N.mean()) > 0.999  # the same distance in all windows, to 0.7 hundredths of a turn
+
+
+def test_a_machine_that_drifts_is_as_sharp_as_one_that_does_not():
+    shares = []
+    for drift in (0.0, 1e-3):
+        x_NT = windows(machine(np.random.default_rng(2), noise=0.1, drift=drift)[0])
+        *_, wave_MN = regular.learn(x_NT, HOP, np.array([BLOWS, SHAFT]))
+        shares.append(float(2 * wave_MN.abs().square().sum()))  # power of a sum of sinusoids
+    assert 0.85 < shares[0] < 1.05 and shares[1] > 0.9 * shares[0]
+
+
+def test_one_rhythm_is_enough_and_noise_repeats_next_to_nothing():
+    rng = np.random.default_rng(3)
+    x_1T, clean_T, _ = machine(rng)
+    *_, wave_MN = regular.learn(windows(x_1T), HOP, np.array([BLOWS, math.nan]))
+    assert not wave_MN[:, : regular.SIDEBANDS].any() and not wave_MN[:, regular.SIDEBANDS + 1 :].any()
+    assert 0.5 < float(2 * wave_MN.abs().square().sum()) < 1.0
+    *_, wave_MN = regular.learn(torch.randn(300, SAMPLES), HOP, np.array([BLOWS, SHAFT]))
+    assert float(2 * wave_MN.abs().square().sum()) < 0.05
+
+
+def test_a_group_that_repeats_nothing_keeps_the_phases_of_its_envelope(learned):
+    repeats, hz_Q = learned
+    both = regular.Regular(
+        *(torch.stack([own[0], none]) for own, none in zip(vars(repeats).values(), regular.nothing(), strict=True))
+    )
+    x_NT = windows(machine(np.random.default_rng(4))[0], 4000)
+    hz_NQ, else_NQ = hz_Q.expand(len(x_NT), -1), torch.full((len(x_NT), 2), 0.125)
+    none_N = np.ones(len(x_NT), int)
+    assert torch.equal(both.phases(x_NT, hz_NQ, none_N, else_NQ), else_NQ)
+    assert not both.wave(torch.stack([hz_NQ, else_NQ], 2), none_N, SAMPLES).any()
+
+
+def test_filters_take_it_off_windows_and_keep_it_in_their_file():
+    rng = np.random.default_rng(5)
+    signals = [
+        [machine(rng)[0]],
+        [torch.from_numpy(rng.standard_normal((1, 40_000))).float()],
+        [torch.randn(2, 40_000)],
+    ]
+    whiten = whitening.fit(("machine", "noise", "two"), signals, 8, SAMPLES, 2)
+    again = whitening.restore(whiten.names, whiten.tensors())
+    assert again.repeats is not None and torch.equal(again.repeats.wave_GMN, whiten.repeats.wave_GMN)
+    for fitted in (whiten, again):
+        x_BCT = torch.stack([signals[g][0][:, 3000 : 3000 + 8 + SAMPLES] for g in (0, 1)])
+        w_BCT, _ = fitted.whiten(x_BCT, np.array([0, 1]), None)
+        code_BX = fitted.rhythms(w_BCT, np.array([0, 1]), None)
+        own_BCT = fitted.repeated(code_BX, np.array([0, 1]), SAMPLES)
+        left_BCT = w_BCT - own_BCT
+        assert float(left_BCT[0].square().mean()) < 0.7 * float(w_BCT[0].square().mean()) and not own_BCT[1].any()
+    none = whitening.fit(("noise",), signals[1:2], 8, SAMPLES, 2)
+    assert none.repeats is None and not none.repeated(torch.zeros(3, 0), np.zeros(3, int), 64).any()
