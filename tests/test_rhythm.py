@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lib import conditions, flow, generator, rhythm, whitening
 from lib.conditions import Condition
+from lib.errors import Unusable
 from lib.models import Architecture
 from lib.velocity import Shape, build_velocity
 from tests import recipes
@@ -198,6 +199,8 @@ def test_a_flow_with_rhythms_trains_samples_straightens_and_scores(machines, tmp
         )
     )  # fmt: skip
     assert "residual" in scored["metrics"]
+    with pytest.raises(Unusable, match="machine/worn1"):
+        main(Config(model=told["model"], score=True, cache=(str(machines),), hold_out="time", healthy="subject=nobody"))
     plain = trained(machines, tmp_path / "plain", steps=2, rhythms=0)
     assert generator.load_model(plain["model"])[0].clock is None
 

@@ -266,7 +266,7 @@ def test_the_contrastive_gradient_reaches_the_trunk_and_heads_are_in_the_optimiz
 
 
 @pytest.mark.parametrize("changes", [dict(whiten_order=0, level=False, whiten_by="dataset"), dict(predict="v", times="uniform"), dict(predict="x1", balance="uncertainty", contrast=0.1),
-                                     dict(hold_out="time"), dict(encoder="mamba"), dict(balance="gradnorm", contrast=0.1)])  # fmt: skip
+                                     dict(hold_out="time"), dict(encoder="mamba"), dict(unmix=False, rhythms=1), dict(balance="gradnorm", contrast=0.1)])  # fmt: skip
 def test_other_flags_train_too(changes, caches, tmp_path):
     results = main(config(caches[1:], tmp_path / "run", steps=4, calibrate=0, **changes))
     assert math.isfinite(results["metrics"]["val_loss"])
@@ -284,6 +284,7 @@ def test_other_flags_train_too(changes, caches, tmp_path):
         dict(label=("colour",)),
         dict(train_share=0.0),
         dict(window=10**7),
+        dict(rhythms=3),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_by_name(changes, caches, tmp_path):
