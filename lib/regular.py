@@ -103,12 +103,9 @@ def _likeliest(line_BKMN, mean_BKMN, weight_BKMN, rhythm_BQ: torch.Tensor) -> to
     return torch.where(rhythm_BQ.isfinite(), (turn_BQ + 0.5) % 1 - 0.5, math.nan)
 
 
-def learn(
-    x_NT: torch.Tensor, hop: int, rhythm_Q: np.ndarray
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], float]:
+def learn(x_NT: torch.Tensor, hop: int, rhythm_Q: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Mean (2, M, N), weight and wave (M, N) of a signal's windows, each `hop` samples after the one before, whose rhythms are known, and the share
-    of their power that the wave explains.
+    Mean (2, M, N), weight and wave (M, N) of a signal's windows, each `hop` samples after the one before, whose rhythms are known.
 
     Phases are followed from window to window first, so that high harmonics, which a slowly drifting machine blurs within a second, stay sharp.
     """
@@ -132,9 +129,8 @@ def learn(
     found = Regular(mean_KMN[None], weight_KMN[None], wave_MN[None])
     everyone_N = np.zeros(len(x_NT), np.int64)
     own_NT = found.wave(torch.stack([rhythm_NQ, turn_NQ], 2), everyone_N, x_NT.shape[1])
-    gain = float(((x_NT * own_NT).sum() / (own_NT.square().sum() + 1e-12)).clamp(0, 1))
-    explained = 1 - float((x_NT - gain * own_NT).square().sum() / (x_NT.square().sum() + 1e-12))
-    return (mean_KMN, weight_KMN, gain * wave_MN), explained
+    share = float(((x_NT * own_NT).sum() / (own_NT.square().sum() + 1e-12)).clamp(0, 1))
+    return mean_KMN, weight_KMN, share * wave_MN
 
 
 def _orders(hz_Q: torch.Tensor, samples: int) -> torch.Tensor:

@@ -39,11 +39,9 @@ def envelope(x_CT: torch.Tensor) -> torch.Tensor:
     return torch.fft.ifft(full_F).abs().square().mean(-2)
 
 
-def find(signals: list[torch.Tensor], count: int, samples: int, slow: bool = False) -> np.ndarray:
+def find(signals: list[torch.Tensor], count: int, samples: int) -> np.ndarray:
     """
     At most `count` frequencies (count; NaN where there are fewer) that the lines of whitened signals, each (C, T), are sums and differences of.
-
-    With `slow` all after the first are slower than half of it, as what modulates blows is.
 
     Lines are looked for in the mean spectrum of the signals, so that only a rhythm that all of them keep is one. `samples` are those of a window.
     """
@@ -58,13 +56,10 @@ def find(signals: list[torch.Tensor], count: int, samples: int, slow: bool = Fal
     for q in range(min(count, len(hz_P))):
         before, *scores = (_explained(np.array([*basis, *hz]), hz_P, power_P, 2 / n) for hz in ((), *hz_P[:, None]))
         # phases are drawn independently, which those of harmonics aren't
-        left = [
-            not _explained(np.array(basis), np.array([hz]), np.ones(1), 2 / n) and not harmonic(hz, basis, n)
-            for hz in hz_P
+        known = [
+            _explained(np.array(basis), np.array([hz]), np.ones(1), 2 / n) > 0 or harmonic(hz, basis, n) for hz in hz_P
         ]
-        if slow and q:
-            left &= hz_P < 0.5 * basis[0]
-        scores = np.where(left, scores, 0.0)
+        scores = np.where(known, 0.0, scores)
         if max(scores) < before + GAIN * power_P.sum():
             break
         basis.append(float(hz_P[int(np.argmax(scores))]))

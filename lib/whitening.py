@@ -245,9 +245,9 @@ def fit(
         own_VK, cross_VV, white = channel_filters(group, at if channels else None, len(channels), taps[-1])
         own.append(own_VK)
         crosses.append(cross_VV)
-        hz_Q, repeated = _turns(group, white, rhythms, samples)
-        lines.append(hz_Q)
-        found.append(repeated)
+        lines.append(rhythm.find(white, rhythms, samples))
+        one = all(len(x_CT) == 1 for x_CT in group) and np.isfinite(lines[-1]).any()
+        found.append(regular.learn(*_hops(group, white, samples), lines[-1]) if one else None)
         powers.append(torch.stack(long).mean(0) if long else torch.zeros(SEGMENT // 2 + 1, dtype=torch.float64))
     power_GF, rhythm_GQ = torch.stack(powers), torch.from_numpy(np.stack(lines))
     rhythm_GQ = rhythm_GQ[:, rhythm_GQ.isfinite().any(0)]
@@ -259,19 +259,6 @@ def fit(
     own_GVK, cross_GVV = (torch.from_numpy(np.stack(rows)) for rows in (own, crosses))
     fitted = (*tables, power_GF, trim_GF, rhythm_GQ, own_GVK, cross_GVV)
     return Whitening(tuple(names), tuple(channels), *fitted, repeats)
-
-
-def _turns(
-    group: list[torch.Tensor], white: list[torch.Tensor], rhythms: int, samples: int
-) -> tuple[np.ndarray, tuple | None]:
-    """The rhythms of a group's whitened signals, and what they repeat if they have one channel; of two choices those that repeat more."""
-    any_Q, slow_Q = (rhythm.find(white, rhythms, samples, slow) for slow in (False, True))
-    if not np.isfinite(any_Q).any() or any(len(x_CT) > 1 for x_CT in group):
-        return any_Q, None
-    choices = [any_Q] if np.array_equal(any_Q, slow_Q, equal_nan=True) else [any_Q, slow_Q]
-    learned = [regular.learn(*_hops(group, white, samples), hz_Q) for hz_Q in choices]
-    best = int(np.argmax([explained for _, explained in learned]))
-    return choices[best], learned[best][0]
 
 
 def _hops(group: list[torch.Tensor], white: list[torch.Tensor], samples: int) -> tuple[torch.Tensor, int]:
