@@ -37,7 +37,7 @@ from tqdm import tqdm
 from lib import anomaly, command, conditions, flow, plot, recovery, whitening
 from lib.balance import Balance
 from lib.contrast import loss_infonce, units
-from lib.corpus import Corpus, even, fit_corpus, unmix_strangers
+from lib.corpus import Corpus, even, fit_corpus, for_strangers
 from lib.errors import Unusable
 from lib.flops import StepCost, matmul_rate
 from lib.generated import write_generated
@@ -363,7 +363,7 @@ def start_encoder(cfg: Config, corpus: Corpus) -> tuple[nn.Module, list[dict]]:
 
 
 def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, whitening.Whitening, list[conditions.Condition], Counter]:
-    """What windows are made of, the same as the training part alone tells, conditions, and which values of other recordings these don't know, counted."""
+    """What makes windows, the part of it that the training recordings told, conditions, and which values of others these don't know, counted."""
     whiten, group_R = fit_corpus(corpus, cfg.whiten_by == "recording", cfg.whiten_order, cfg.rhythms, cfg.unmix)
     asked = {"label": cfg.label, "domain": cfg.domain, **{name: (name,) for name in cfg.traits}}
     asked = {name: words for name, words in asked.items() if words}
@@ -378,9 +378,8 @@ def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, whitening.Whitening
             raise Unusable(f"--{flag} {' '.join(words)}: no training recording has it")
     learned, unknown = conditions.learn(rows, ("dataset", "rate", *asked, "speed", "recording")), Counter()
     code_RF = torch.tensor([conditions.encode(learned, row, unknown) for row in values], dtype=torch.float32)
-    own, group_R = unmix_strangers(
-        corpus, whiten, group_R, sorted({*corpus.rows("val")} - {*corpus.rows("train")}), "val"
-    )
+    strangers = sorted({*corpus.rows("val")} - {*corpus.rows("train")})
+    own, group_R = for_strangers(corpus, whiten, group_R, strangers, "val")
     return Target(corpus, own, group_R, code_RF, corpus.places(whiten.channels)), whiten, learned, unknown
 
 
@@ -666,8 +665,7 @@ def score(cfg: Config, ranks: Ranks) -> dict:
         for i in np.unique(row_N[kept]).tolist():  # the filter that fits best, whatever is known of the recording
             group_R[i] = whiten.choose(whitening.autocorrelation(torch.cat(corpus.signal(i, name), 1), whiten.order))
         code_RF = torch.full((len(well_R), len(net.given.conditions)), math.nan)  # what is asked for is never told
-        whiten.rhythm_GQ[:] = math.nan  # nor that it keeps the time of a machine that was trained on
-        own, own_R = unmix_strangers(corpus, whiten, group_R, np.unique(row_N[kept]).tolist(), name)
+        own, own_R = for_strangers(corpus, whiten, group_R, np.unique(row_N[kept]).tolist(), name)
         target = Target(corpus, own, own_R, code_RF, corpus.places(own.channels))
         drawn = draw(target, row_N[kept], start_N[kept], np.arange(len(kept)), cfg, 64, EVAL_STEP, 0.0)
         parts[name] = row_N[kept][np.concatenate([p.index_B for p in drawn])], drawn

@@ -139,9 +139,8 @@ def fit_corpus(
     name_R = [r.key if by_recording else r.dataset for r in corpus.recordings]
     members = {name: [i for i in trained if name_R[i] == name] for name in sorted({name_R[i] for i in trained})}
     channels = sorted({name for i in trained for name in corpus.recordings[i].names}) if unmix else []
-    channels = (
-        channels if len(channels) <= MOST_CHANNELS and any(len(corpus.recordings[i].names) > 1 for i in trained) else []
-    )
+    if len(channels) > MOST_CHANNELS or all(len(corpus.recordings[i].names) == 1 for i in trained):
+        channels = []
     place_RC = corpus.places(channels)
     signals, places = {}, {}
     for name in even([*members], MOST_FILTERS):
@@ -158,21 +157,21 @@ def fit_corpus(
     return whiten, np.maximum(group_R, 0)
 
 
-def unmix_strangers(
+def for_strangers(
     corpus: Corpus, whiten: Whitening, group_R: np.ndarray, strangers: list[int], part: str
 ) -> tuple[Whitening, np.ndarray]:
     """
     Filters with groups for recordings that nothing was fitted on, and the groups: each unmixes its channels by its own covariance, labels unseen.
 
     What channels have in common differs from head to head by directions that one has hardly any power in: by another's matrix
-    a window would be anything but white.
+    a window would be anything but white. Nor does one machine keep the time of another: strangers have no rhythm.
     """
-    if not whiten.channels or not strangers:
+    if not strangers or not (whiten.channels or whiten.rhythm_GQ.shape[1]):
         return whiten, group_R
     place_RC, group_R, filters, crosses = corpus.places(whiten.channels), group_R.copy(), [], []
     for i in strangers:
         known = (at := place_RC[i, corpus.good(i)]) >= 0
-        signals = [x_CT[known] for x_CT in corpus.signal(i, part)]
+        signals = [x_CT[known] for x_CT in corpus.signal(i, part)] if known.any() else []
         taps_K = whiten.taps_GK[group_R[i]].numpy()
         own_VK, cross_VV, _ = channel_filters(signals, [at[known]] * len(signals), len(whiten.channels), taps_K)
         filters.append(own_VK)

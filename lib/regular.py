@@ -27,9 +27,7 @@ MOST_WINDOWS = 1024
 
 @dataclass
 class Regular:
-    """
-    Mean lines of the signal and the envelope of each group at all sums of two rhythms' harmonics, and the signal they are of.
-    """
+    """Mean lines of the signal and the envelope of each group at all sums of two rhythms' harmonics, and the signal they are of."""
 
     mean_GKMN: torch.Tensor  # complex64, K signal and envelope; M harmonics of the first rhythm, N of the second
     weight_GKMN: torch.Tensor  # float32, one over the variance around it; 0 for lines that don't count
@@ -44,11 +42,12 @@ class Regular:
         return torch.where((self.weight_GKMN[at].amax((1, 2, 3)) > 0)[:, None], turn_BQ.to(else_BQ), else_BQ)
 
     def wave(self, rhythm_BQ2: torch.Tensor, group_B: np.ndarray, samples: int) -> torch.Tensor:
-        """The part of windows that every turn has (B, T), zero for a group that has none."""
+        """The part of windows that every turn has (B, T), zero for a group that has none and where no phase is known."""
         low_BMT, high_BNT = _carriers(rhythm_BQ2[:, :, 0], samples, rhythm_BQ2[:, :, 1])
         wave_GMN = self.wave_GMN[torch.from_numpy(group_B)].to(low_BMT.dtype)
         side_BMT = torch.einsum("bmn,bnt->bmt", wave_GMN, high_BNT)
-        return 2 * (side_BMT * low_BMT).real.sum(1)
+        known_B1 = rhythm_BQ2[:, :1, :].isfinite().all(2)
+        return 2 * (side_BMT * low_BMT).real.sum(1) * known_B1
 
 
 def lines(x_BT: torch.Tensor, rhythm_BQ: torch.Tensor) -> torch.Tensor:

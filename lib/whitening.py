@@ -122,11 +122,12 @@ class Whitening:
         return root_1CC[0] @ w_NCT.double()
 
     def joined(self, groups: Sequence[int], own: Sequence[np.ndarray], crosses: Sequence[np.ndarray]) -> "Whitening":
-        """With further groups, each like one that is there but for the filters of its channels and what these have in common."""
+        """With further groups, each like one that is there but for the filters of its channels and what these have in common, and without its rhythms."""
         at = torch.tensor([*range(len(self.names)), *groups])
         rows = {name: values[at] for name, values in self.tensors().items()}
         rows["own_GVK"] = torch.cat([self.own_GVK, torch.from_numpy(np.stack(own))])
         rows["cross_GVV"] = torch.cat([self.cross_GVV, torch.from_numpy(np.stack(crosses))])
+        rows["rhythm_GQ"][len(self.names) :] = math.nan
         return restore(self.names + ("",) * len(groups), rows, self.channels)
 
     def unwhiten(self, w_CT: np.ndarray, group: int, before_CK: np.ndarray) -> np.ndarray:

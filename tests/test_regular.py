@@ -81,6 +81,8 @@ def test_a_group_that_repeats_nothing_keeps_the_phases_of_its_envelope(learned):
     none_N = np.ones(len(x_NT), int)
     assert torch.equal(both.phases(x_NT, hz_NQ, none_N, else_NQ), else_NQ)
     assert not both.wave(torch.stack([hz_NQ, else_NQ], 2), none_N, SAMPLES).any()
+    unknown_NQ2 = torch.full((len(x_NT), 2, 2), math.nan)
+    assert not both.wave(unknown_NQ2, np.zeros(len(x_NT), int), SAMPLES).any()
 
 
 def test_filters_take_it_off_windows_and_keep_it_in_their_file():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lib import conditions, flow, generator, rhythm, whitening
 from lib.conditions import Condition
+from lib.corpus import Corpus, for_strangers
 from lib.errors import Unusable
 from lib.models import Architecture
 from lib.velocity import Shape, build_velocity
@@ -199,6 +200,11 @@ def test_a_flow_with_rhythms_trains_samples_straightens_and_scores(machines, tmp
         )
     )  # fmt: skip
     assert "residual" in scored["metrics"]
+    corpus = Corpus((machines,), 512, 8, 128, True, 0.6)
+    group_R = np.array([0, 1, 2])
+    own, own_R = for_strangers(corpus, whiten, group_R, [0, 2], "val")
+    assert own_R.tolist() == [3, 1, 4] and own.rhythm_GQ[3:].isnan().all()
+    assert torch.equal(own.taps_GK[3:], whiten.taps_GK[[0, 2]]) and whiten.rhythm_GQ.shape == (3, 2)
     with pytest.raises(Unusable, match="machine/worn1"):
         main(Config(model=told["model"], score=True, cache=(str(machines),), hold_out="time", healthy="subject=nobody"))
     plain = trained(machines, tmp_path / "plain", steps=2, rhythms=0)
