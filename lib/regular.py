@@ -133,7 +133,7 @@ def learn(x_NT: torch.Tensor, hop: int, rhythm_Q: np.ndarray) -> tuple[torch.Ten
 
 
 def _orders(hz_Q: torch.Tensor, samples: int) -> torch.Tensor:
-    """Which sums of harmonics count (2, M, N) in the signal and in its envelope: 1 or 0."""
+    """How much sums of harmonics count (2, M, N) in the signal and in its envelope; 0: not at all."""
     order_M, order_N = torch.arange(HARMONICS + 1.0).double(), torch.arange(-SIDEBANDS, SIDEBANDS + 1.0).double()
     hz_2 = torch.nn.functional.pad(hz_Q.double(), (0, 2 - len(hz_Q)), value=math.nan)
     hz_MN = order_M[:, None] * hz_2[0] + (order_N * hz_2[1].nan_to_num())
