@@ -31,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lib import command, plot, recovery
+from lib.alignment import Align, choose
 from lib.batches import Part, read_parts
 from lib.cache import Cache
 from lib.contrast import (
@@ -73,6 +74,9 @@ class Config(RunConfig):
     window_s: float = 4.0  # length of a window, s
     stride_s: float = 2.0  # from one anchor to the next in an epoch, s; each is moved by up to that much
     max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
+    align: Align = (
+        "auto"  # channels uncorrelated on average over a subject, recording or window; auto: as --init, else none
+    )
     batch: int = 32  # pairs per step, over all ranks
     micro: int = 0  # windows per forward pass on one device; 0: all of a montage, kept until the loss is known
     steps: int | None = 400  # optimizer steps; none: from --epochs
@@ -99,6 +103,7 @@ class Config(RunConfig):
     encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
     adapter: Literal["none", "perceiver", "nearest"] = "none"  # montage of its own: learned, or by nearest electrode
     queries: int = 32  # electrodes of that montage, at most 128
+    relations: bool = True  # tokens know how their samples correlate with those of other electrodes, by place
     d_model: int = 128  # width
     layers: int = 4  # depth
     heads: int = 4  # attention heads
@@ -319,8 +324,9 @@ def main(cfg: Config) -> dict | None:
     ranks = join(cfg.device)
     device = ranks.device
     cache = Cache(*cfg.cache)
+    cache.align(choose(cfg.align, cfg.init))
     torch.manual_seed(cfg.seed)
-    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries, cfg.relations)
     encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
     patch = encoder.architecture.patch
     train, held = ([i for i, r in enumerate(cache.recordings) if r.split == split] for split in ("train", "val"))
@@ -340,7 +346,7 @@ def main(cfg: Config) -> dict | None:
         val_sampler = None
     if not cfg.init:
         views = draw(cache, sampler, np.arange(cfg.batch), cfg, cfg.micro, patch, 0)
-        encoder.embed.calibrate(torch.cat([p.good_patches(patch) for p in views.parts]))
+        encoder.calibrate(views.parts)
     model = Aligned(encoder.train(), cfg).to(device)
     modules = {"model": model}
     if cfg.jepa:

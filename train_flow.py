@@ -247,10 +247,11 @@ class Model(nn.Module):
         if cfg.share == "repa":
             encoder.requires_grad_(False)
         elif not cfg.contrast and cfg.share != "cond":  # nothing reaches it
-            for module in (self.encoder.embed, *([] if encoder is None else [encoder])):
+            for module in (*self.encoder.front, *([] if encoder is None else [encoder])):
                 module.requires_grad_(False)
         if encoder is not None:
-            net.encoder.embed.requires_grad_(False)
+            for module in net.encoder.front:
+                module.requires_grad_(False)
 
     @property
     def encoder(self) -> nn.Module:
@@ -356,6 +357,10 @@ def start_encoder(cfg: Config, corpus: Corpus) -> tuple[nn.Module, list[dict]]:
         if adapter != "none":
             raise Unusable(
                 f"--init {cfg.init} has the adapter {adapter}; a flow needs an encoder without (--adapter none)"
+            )
+        if init["signal"].get("align", "none") != "none":
+            raise Unusable(
+                f"--init {cfg.init} was trained with --align {init['signal']['align']}, and a flow has its own mixing"
             )
         return encoder.train(), inherited(init, cfg.init)
     architecture = Architecture(cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, corpus.rate_hz(0), cfg.patch)

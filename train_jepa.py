@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lib import command, plot, recovery
+from lib.alignment import Align, choose
 from lib.batches import Part, read_parts
 from lib.cache import Cache
 from lib.errors import Failed, Unusable
@@ -62,6 +63,9 @@ class Config(RunConfig):
     window_s: float = 4.0  # length of a window, s
     stride_s: float = 2.0  # from one window's start to the next, s
     max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
+    align: Align = (
+        "auto"  # channels uncorrelated on average over a subject, recording or window; auto: as --init, else none
+    )
     sampler: Sampling = "uniform"  # over windows, over subjects, or balanced for seizures
     dataset_weights: tuple[str, ...] = ()  # shares of the data sets instead, as in: tuh=0.3 hbn=0.7
     batch: int = 64  # windows per step, over all ranks
@@ -72,6 +76,7 @@ class Config(RunConfig):
     encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
     adapter: Literal["none", "perceiver", "nearest"] = "none"  # montage of its own: learned, or by nearest electrode
     queries: int = 32  # electrodes of that montage, at most 128; 4 to 16 for speed
+    relations: bool = True  # tokens know how their samples correlate with those of other electrodes, by place
     d_model: int = 128  # width
     layers: int = 4  # depth
     heads: int = 4  # attention heads
@@ -288,8 +293,9 @@ def main(cfg: Config) -> dict | None:
     if cfg.batch < ranks.world:
         raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
     cache = Cache(*cfg.cache)
+    cache.align(choose(cfg.align, cfg.init))
     torch.manual_seed(cfg.seed)
-    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries, cfg.relations)
     encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
     patch = encoder.architecture.patch
     train = cache.windows("train", cfg.window_s, cfg.stride_s)
@@ -309,7 +315,7 @@ def main(cfg: Config) -> dict | None:
     run = Run(cfg, __file__, ranks)
     if not cfg.init:
         parts = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, patch, 0)
-        encoder.embed.calibrate(torch.cat([p.good_patches(patch) for p in parts]))
+        encoder.calibrate(parts)
     with torch.no_grad():
         encoder.embed.samples.weight *= cfg.waveform
     model = JEPA(encoder.train(), cfg.predictor, cfg.predictor_layers, traits).to(device)

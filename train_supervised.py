@@ -43,6 +43,7 @@ from lib import (
     score_report,
     shots,
 )
+from lib.alignment import Align, choose
 from lib.batches import Piece, read_pieces
 from lib.cache import Cache
 from lib.channels import POSITIONS, TEN_TWENTY
@@ -93,6 +94,9 @@ class Config(RunConfig):
     window_s: float | None = None  # length of a window, s; none: 2 for the challenge, 16 for seizures, else 4
     stride_s: float | None = None  # from one window's start to the next, s; none: half a window
     max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
+    align: Align = (
+        "auto"  # channels uncorrelated on average over a subject, recording or window; auto: as --init, else none
+    )
     sampler: Literal["uniform", "subject"] = "uniform"  # over windows or subjects; seizures have their own, balanced
     batch: int = 32  # windows per step, over all ranks
     micro: int = 0  # windows per forward pass on one device, for memory; 0: all of a montage at once
@@ -103,6 +107,7 @@ class Config(RunConfig):
     encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
     adapter: Literal["none", "perceiver", "nearest"] = "none"  # montage of its own: learned, or by nearest electrode
     queries: int = 32  # electrodes of that montage, at most 128
+    relations: bool = True  # tokens know how their samples correlate with those of other electrodes, by place
     d_model: int = 128  # width
     layers: int = 4  # depth
     heads: int = 4  # attention heads
@@ -349,7 +354,7 @@ def trial(decoder: Decoder, piece: Piece) -> Callable[[str], None]:
 
 def initial_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
     """The encoder to start from and the lineage of its file. Raises Unusable."""
-    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries)
+    sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries, cfg.relations)
     return start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
 
 
@@ -395,7 +400,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     run = Run(cfg, __file__, ranks)
     if not cfg.init:
         pieces = draw(0, np.arange(cfg.batch), cfg.micro)
-        encoder.embed.calibrate(torch.cat([p.part.good_patches(patch) for p in pieces]))
+        encoder.calibrate([p.part for p in pieces])
     if mode != "probe":  # a response to a stimulus is a waveform, of which phase 1's features have little
         with torch.no_grad():
             encoder.embed.samples.weight *= waveform_factor(cfg.waveform, "challenge1" in cfg.target, lineage)
@@ -710,6 +715,7 @@ def main(cfg: Config) -> dict | None:
     if cfg.batch < ranks.world:
         raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
     cache = Cache(*cfg.cache)
+    cache.align(choose(cfg.align, cfg.evaluate or cfg.init))
     if cfg.lineage:
         return ablation.run_lineages(cfg, Path(__file__))
     if cfg.shots:

@@ -18,6 +18,7 @@ import torch
 
 import kernels
 from lib import store
+from lib.alignment import Align, Alignment
 from lib.errors import Unusable
 from lib.windows import Windows, merge
 
@@ -105,6 +106,12 @@ class Cache:
         for table, positions in zip(self._positions, montages, strict=False):
             table[: len(positions)] = positions
         self._files = OpenFiles(self.recordings)
+        self.alignment: Alignment | None = None
+
+    def align(self, how: Align) -> None:
+        """From now on windows in model units are aligned (lib/alignment.py), and `signal` says so. Raises Unusable."""
+        self.alignment = None if how == "none" else Alignment(self, how)
+        self.signal = {k: v for k, v in self.signal.items() if k != "align"} | ({} if how == "none" else {"align": how})
 
     def _check_alike(self) -> None:
         first = self.manifests[0]
@@ -249,6 +256,15 @@ class Cache:
         return tuple(self._scales[first : first + self._channels[recording]].T)
 
     def read(self, recording_B, start_B, samples: int, unit: str = "model", channels: int | None = None) -> Batch:
+        """As `read_unaligned`; in model units aligned, if `align` was called."""
+        batch = self.read_unaligned(recording_B, start_B, samples, unit, channels)
+        if self.alignment is not None and unit == "model":
+            batch.x_BCT = self.alignment(batch.x_BCT, batch.mask_BC, batch.recording_B.numpy())
+        return batch
+
+    def read_unaligned(
+        self, recording_B, start_B, samples: int, unit: str = "model", channels: int | None = None
+    ) -> Batch:
         """
         Read windows of `samples` samples; `unit` is "model" (robust standard deviations, clipped at ±15) or the cache's own (µV).
 

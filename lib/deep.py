@@ -40,7 +40,8 @@ class Encoder:
     eyes: Eyes | None = None
     scale_C: np.ndarray | None = None  # microvolts per unit of the model's signals
     offset_C: np.ndarray | None = None
-    seen: int = 0  # windows the scale is of
+    covariance_CC: np.ndarray | None = None  # mean of windows', square microvolts, for models of aligned signals
+    seen: int = 0  # windows these are of
     quick: Any = None  # the decoder as TorchScript, for windows one by one
     name = "encoder"
 
@@ -50,10 +51,21 @@ class Encoder:
         return self.meta["signal"]["scale"]
 
     @property
+    def aligned(self) -> str:
+        """Over what its channels were uncorrelated (lib/alignment.py): none, subject, recording or window."""
+        return self.meta["signal"].get("align", "none")
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is something to measure of a person before anything is said."""
+        return self.scaled != "none" or self.aligned in ("subject", "recording")
+
+    @property
     def ready(self) -> str | None:
         """None, or what is still missing."""
-        if self.scaled != "none" and self.seen < self.scale_min:
-            return f"the scale of the channels has {self.seen} of {self.scale_min} subject windows"
+        if self.learns and self.seen < self.scale_min:
+            what = "scale of the channels" if self.aligned in ("none", "window") else "covariance of the channels"
+            return f"the {what} has {self.seen} of {self.scale_min} subject windows"
         return None
 
     @cached_property
@@ -74,7 +86,23 @@ class Encoder:
         if self.scaled != "none":
             x_NCT = (x_NCT - self.offset_C[:, None]) / self.scale_C[:, None]
         x_NCT = np.where(good_NC[..., None], x_NCT.clip(-CLIP_SD, CLIP_SD) if self.scaled != "none" else x_NCT, 0)
+        x_NCT = x_NCT if self.aligned == "none" else self._align(x_NCT, good_NC)
         return x_NCT.astype(np.float32), None if good_NC.all() else good_NC
+
+    def _align(self, x_NCT: np.ndarray, good_NC: np.ndarray) -> np.ndarray:
+        """Windows in the model's unit, aligned as the cache aligns them, by the covariance that was measured or their own."""
+        import torch
+
+        from lib.alignment import FLOOR, covariance, whitener
+
+        if self.aligned == "window":
+            root_NCC = whitener(covariance(torch.from_numpy(x_NCT)), FLOOR["window"])
+        else:
+            scale_C = np.ones(x_NCT.shape[1]) if self.scaled == "none" else self.scale_C
+            own_CC = torch.from_numpy(self.covariance_CC / scale_C[:, None] / scale_C)
+            both_NCC = torch.from_numpy(good_NC[:, :, None] & good_NC[:, None])
+            root_NCC = whitener(own_CC * both_NCC, FLOOR[self.aligned])
+        return root_NCC.numpy() @ x_NCT
 
     def predict_proba(self, x_NCT: np.ndarray) -> np.ndarray:
         """Probabilities (N, K), float64. Raises NotReady."""
@@ -98,32 +126,34 @@ class Encoder:
         return p_NK
 
     def fit(self, groups: dict) -> "Encoder":
-        """The steps in order: eyes, if wanted, then the scale from BACKGROUND (which other eyes make void)."""
+        """The steps in order: eyes, if wanted, then scale and covariance from BACKGROUND (which other eyes make void)."""
         new = self
         if self.remove_eyes:
             found = fit_groups(groups, self.path, self.eyes)
             if found is not self.eyes:
-                new = replace(new, eyes=found, scale_C=None, offset_C=None, seen=0)
+                new = replace(new, eyes=found, scale_C=None, offset_C=None, covariance_CC=None, seen=0)
         x_NCT = stack(groups.get("BACKGROUND", ()))
-        if len(x_NCT) and self.scaled != "none":
-            scale_C, offset_C = new._measure(x_NCT)
-            new = replace(new, scale_C=scale_C, offset_C=offset_C, seen=len(x_NCT))
+        if len(x_NCT) and self.learns:
+            scale_C, offset_C, covariance_CC = new._measure(x_NCT)
+            new = replace(new, scale_C=scale_C, offset_C=offset_C, covariance_CC=covariance_CC, seen=len(x_NCT))
         return new
 
     def partial_fit(self, windows) -> "Encoder":
-        """Where nothing was recorded at rest, the first windows say the scale; later ones change nothing."""
+        """Where nothing was recorded at rest, the first windows say scale and covariance; later ones change nothing."""
         x_NCT = stack(windows)
-        if self.scaled == "none" or self.seen >= self.scale_min or not len(x_NCT):
+        if not self.learns or self.seen >= self.scale_min or not len(x_NCT):
             return self
-        scale_C, offset_C = self._measure(x_NCT)
+        scale_C, offset_C, covariance_CC = self._measure(x_NCT)
         if self.seen:
             share = len(x_NCT) / (self.seen + len(x_NCT))
             scale_C = self.scale_C ** (1 - share) * scale_C**share
             offset_C = self.offset_C * (1 - share) + offset_C * share
-        return replace(self, scale_C=scale_C, offset_C=offset_C, seen=self.seen + len(x_NCT))
+            covariance_CC = self.covariance_CC * (1 - share) + covariance_CC * share
+        seen = self.seen + len(x_NCT)
+        return replace(self, scale_C=scale_C, offset_C=offset_C, covariance_CC=covariance_CC, seen=seen)
 
-    def _measure(self, x_NCT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and offset of each channel as the cache builder would say of these windows as a recording."""
+    def _measure(self, x_NCT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scale and offset of each channel as the cache builder would say of these windows as a recording, and their mean covariance."""
         x_NCT = x_NCT * (1e6 if self.path.unit == "V" else 1.0)
         x_NCT = self.eyes(x_NCT) if self.eyes else x_NCT
         x_CT = x_NCT.transpose(1, 0, 2).reshape(x_NCT.shape[1], -1)
@@ -132,7 +162,9 @@ class Encoder:
         else:
             low_C, offset_C, high_C = np.quantile(x_CT, (0.25, 0.5, 0.75), axis=1)
             scale_C = (high_C - low_C) / 1.349
-        return np.where(scale_C > 1e-6, scale_C, 1.0), offset_C
+        centred_NCT = x_NCT - x_NCT.mean(2, keepdims=True)
+        covariance_CC = (centred_NCT @ centred_NCT.transpose(0, 2, 1)).mean(0) / x_NCT.shape[2]
+        return np.where(scale_C > 1e-6, scale_C, 1.0), offset_C, covariance_CC
 
     def warm(self, compile: str = "auto") -> dict:
         """
@@ -145,7 +177,8 @@ class Encoder:
         C, T = len(self.path.channels), self.path.window
         x_1CT = np.random.default_rng(0).standard_normal((1, C, T))
         one = np.ones(C)
-        ready = self if self.ready is None else replace(self, scale_C=one, offset_C=0 * one, seen=self.scale_min)
+        blank = dict(scale_C=one, offset_C=0 * one, covariance_CC=np.diag(one), seen=self.scale_min)
+        ready = self if self.ready is None else replace(self, **blank)
         done = timed(lambda: ready.predict_proba(x_1CT)) | {"compiled": False}
         if compile == "off":
             return done

@@ -9,6 +9,7 @@ D width, H heads, F frequencies.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from lib.tensors import load_tensors, save_tensors
 
 FORMAT = "berger-encoder"
 VERSION = 1
+HEAD_M = 0.1  # radius of a head
+SILENT = 1e-3  # variance that a patch of an electrode has at least, where unit noise has 1
+MOST = 0.9  # what a perfect correlation counts as: its Fisher transform is infinite
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Architecture:
     patch: int = 100  # samples per token
     adapter: str = "none"  # what stands between the electrodes and the encoder: none, perceiver, nearest
     queries: int = 128  # learned electrodes of the perceiver
+    relations: bool = False  # tokens also know how their samples correlate with those of other electrodes
 
     def check(self) -> None:
         """Raises Unusable for sizes that don't fit each other."""
@@ -104,19 +109,24 @@ class Places(nn.Module):
 
     def __init__(self, d: int, patch_s: float):
         super().__init__()
-        self.space = nn.Sequential(nn.Linear(3 + 6 * len(self.WAVELENGTHS_M), d), nn.GELU(), nn.Linear(d, d))
+        self.width = 3 + 6 * len(self.WAVELENGTHS_M)
+        self.space = nn.Sequential(nn.Linear(self.width, d), nn.GELU(), nn.Linear(d, d))
         self.unplaced_D = nn.Parameter(0.02 * torch.randn(d))
         self.patch_s = patch_s
         period_s = 2 * patch_s * 250 ** torch.linspace(0, 1, d // 2)
         self.register_buffer("rad_per_s", 2 * math.pi / period_s, persistent=False)
         self.register_buffer("rad_per_m", 2 * math.pi / torch.tensor(self.WAVELENGTHS_M), persistent=False)
 
-    def forward(self, positions_BC3: torch.Tensor, patches: int, ids_BK: torch.Tensor | None = None) -> torch.Tensor:
-        """Codes (B, K, D) of the tokens `ids_BK`, or of all N."""
+    def harmonics(self, positions_BC3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fourier features (B, C, F) of positions, and which electrodes have one (B, C, 1); the others count as in the origin."""
         placed_BC1 = positions_BC3.isfinite().all(2, keepdim=True)
         xyz_BC3 = torch.where(placed_BC1, positions_BC3, 0.0)
         angle_BCF = (xyz_BC3[..., None] * self.rad_per_m).flatten(2)
-        features_BCF = torch.cat([xyz_BC3 / 0.1, angle_BCF.sin(), angle_BCF.cos()], 2)  # a head's radius is about 0.1 m
+        return torch.cat([xyz_BC3 / HEAD_M, angle_BCF.sin(), angle_BCF.cos()], 2), placed_BC1
+
+    def forward(self, positions_BC3: torch.Tensor, patches: int, ids_BK: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes (B, K, D) of the tokens `ids_BK`, or of all N."""
+        features_BCF, placed_BC1 = self.harmonics(positions_BC3)
         space_BCD = torch.where(placed_BC1, self.space(features_BCF), self.unplaced_D)
         time_s_P = (torch.arange(patches, device=positions_BC3.device) + 0.5) * self.patch_s
         angle_PF = time_s_P[:, None] * self.rad_per_s
@@ -124,6 +134,46 @@ class Places(nn.Module):
         if ids_BK is None:
             return (space_BCD[:, :, None] + time_PD).flatten(1, 2)
         return take(space_BCD, ids_BK // patches) + time_PD[ids_BK % patches]
+
+
+class Relations(nn.Module):
+    """
+    A linear map of how a token's samples correlate with those of the electrodes seen in the same patch, by where these are.
+
+    Fisher-transformed correlations times the harmonics of the other electrodes' places, averaged over them: so covariance, of which
+    single electrodes know nothing and on which the best classical pipelines live, is in the tokens from the start, for any montage. Only
+    tokens that are seen take part. Standardised per harmonic by `calibrate`. An electrode without others, or without a place, adds nothing.
+    """
+
+    def __init__(self, harmonics: int, d: int):
+        super().__init__()
+        self.weight = nn.Linear(harmonics, d)
+        self.register_buffer("level_F", torch.zeros(harmonics))
+        self.register_buffer("spread_F", torch.ones(harmonics))
+
+    def measure(self, x_BKS: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], grid: Grid) -> torch.Tensor:
+        """What is mapped (B, K, F), not yet standardised; `at` are `Places.harmonics`."""
+        x_BKS = x_BKS.float() - x_BKS.float().mean(2, keepdim=True)
+        unit_BKS = x_BKS * (x_BKS.square().sum(2, keepdim=True) + SILENT * x_BKS.shape[2]).rsqrt()
+        unit_BPCS = grid.spread(unit_BKS).transpose(1, 2)
+        z_BPCC = torch.atanh(MOST * (unit_BPCS @ unit_BPCS.transpose(2, 3)).float().clamp(-1, 1))
+        z_BPCC = z_BPCC * (1 - torch.eye(z_BPCC.shape[3], device=z_BPCC.device))
+        at_BCF, placed_BC1 = at
+        found_BPCF = z_BPCC @ (at_BCF * placed_BC1)[:, None]
+        seen_BCP = placed_BC1.expand(-1, -1, grid.patches)
+        if grid.seen_BCP is not None:
+            seen_BCP = seen_BCP & grid.seen_BCP
+        others_BCP = seen_BCP.sum(1, keepdim=True) - seen_BCP.long()
+        return grid.collect(found_BPCF.transpose(1, 2) / others_BCP.clamp_min(1)[..., None])
+
+    @torch.no_grad()
+    def calibrate(self, found_NF: torch.Tensor) -> None:
+        """Take level and spread of each harmonic from tokens of the training data, as `measure` gives them."""
+        self.level_F.copy_(found_NF.mean(0))
+        self.spread_F.copy_(found_NF.std(0).clamp_min(1e-3))  # one electrode has no relations, and 0 / 1e-3 is still 0
+
+    def forward(self, x_BKS: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], grid: Grid) -> torch.Tensor:
+        return self.weight((self.measure(x_BKS, at, grid) - self.level_F) / self.spread_F)
 
 
 class Block(nn.Module):
@@ -181,6 +231,7 @@ class Encoder(nn.Module):
         a = self.architecture = architecture
         self.embed = PatchEmbedding(a.patch, a.d_model)
         self.place = Places(a.d_model, a.patch / a.rate_hz)
+        self.relate = Relations(self.place.width, a.d_model) if a.relations else None
         self.blocks = nn.ModuleList(BLOCKS[a.encoder](a.d_model, a.heads, a.layers) for _ in range(a.layers))
         self.norm = nn.LayerNorm(a.d_model)
 
@@ -199,8 +250,30 @@ class Encoder(nn.Module):
             x_BNS = take(x_BNS, ids_BK)
         elif mask_BC is not None:
             real_BK = mask_BC.repeat_interleave(patches, 1)
+        grid = Grid(x_BCT.shape[1], patches, ids_BK, real_BK)
         z_BKD = self.embed(x_BNS) + self.place(positions_BC3, patches, ids_BK)
-        return z_BKD, Grid(x_BCT.shape[1], patches, ids_BK, real_BK)
+        return z_BKD if self.relate is None else z_BKD + self.relate(
+            x_BNS, self.place.harmonics(positions_BC3), grid
+        ), grid
+
+    @property
+    def front(self) -> list[nn.Module]:
+        """What sees samples: all that isn't shared with a network that has a front of its own."""
+        return [self.embed] if self.relate is None else [self.embed, self.relate]
+
+    @torch.no_grad()
+    def calibrate(self, parts: Sequence) -> None:
+        """Standardise what tokens are made of, by windows of the training data (lib/batches.py's Parts)."""
+        patch, found = self.architecture.patch, []
+        self.embed.calibrate(torch.cat([p.good_patches(patch) for p in parts]))
+        for p in parts if self.relate is not None else ():
+            x_BNS = to_patches(p.x_BCT, patch)
+            real_BN = None if p.mask_BC is None else p.mask_BC.repeat_interleave(x_BNS.shape[1] // p.x_BCT.shape[1], 1)
+            grid = Grid(p.x_BCT.shape[1], x_BNS.shape[1] // p.x_BCT.shape[1], None, real_BN)
+            found_BNF = self.relate.measure(x_BNS, self.place.harmonics(p.positions_BC3), grid)
+            found.append(found_BNF.flatten(0, 1) if real_BN is None else found_BNF[real_BN])
+        if found:
+            self.relate.calibrate(torch.cat(found))
 
     def mix(self, z_BKD: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Features of tokens."""
@@ -229,7 +302,8 @@ def build_encoder(architecture: Architecture) -> nn.Module:
 
 
 def start_encoder(
-    init: str | None, cache, patch_s: float, encoder: str, d_model: int, layers: int, heads: int, adapter: str, queries: int
+    init: str | None, cache, patch_s: float, encoder: str, d_model: int, layers: int, heads: int, adapter: str, queries: int,
+    relations: bool,
 ) -> tuple[nn.Module, list[dict]]:  # fmt: skip
     """The encoder that a phase starts from, of a file or fresh, and the lineage of the file. Raises Unusable."""
     if init:
@@ -238,7 +312,8 @@ def start_encoder(
     patch = round(patch_s * cache.rate_hz)
     if patch != patch_s * cache.rate_hz:
         raise Unusable(f"--patch-s {patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
-    return build_encoder(Architecture(encoder, d_model, layers, heads, cache.rate_hz, patch, adapter, queries)), []
+    sizes = (encoder, d_model, layers, heads, cache.rate_hz, patch, adapter, queries, relations)
+    return build_encoder(Architecture(*sizes)), []
 
 
 def signal_meta(cache) -> dict:

@@ -15,6 +15,7 @@ Q queries or latent electrodes, D width, H heads, W width of a head, X any width
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -111,6 +112,11 @@ class Perceiver(nn.Module):
 
     embed = property(lambda self: self.encoder.embed)
     place = property(lambda self: self.encoder.place)
+    front = property(lambda self: self.encoder.front)
+
+    def calibrate(self, parts: Sequence) -> None:
+        """As the encoder's."""
+        self.encoder.calibrate(parts)
 
     def unify(self, z_BKD: torch.Tensor, positions_BC3: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:
         """Features of the learned electrodes (B, Q * P, D), whatever the montage (21 in, Q out), and their grid."""
@@ -151,6 +157,11 @@ class Nearest(nn.Module):
 
     embed = property(lambda self: self.encoder.embed)
     place = property(lambda self: self.encoder.place)
+    front = property(lambda self: self.encoder.front)
+
+    def calibrate(self, parts: Sequence) -> None:
+        """As the encoder's."""
+        self.encoder.calibrate(parts)
 
     def forward(
         self,

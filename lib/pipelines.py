@@ -219,6 +219,7 @@ def _try(pipeline) -> None:
             shapes = {"mean": (part.mean_CC, (wide, wide)), "subject": (part.subject_CC, (wide, wide))}
         else:
             shapes = {"scale": (part.scale_C, (C,)), "offset": (part.offset_C, (C,))}
+            shapes["covariance"] = (part.covariance_CC, (C, C))
         shapes["eyes"] = (part.eyes and part.eyes.project_CC, (C, C))
         for name, (array, shape) in shapes.items():
             if array is not None and array.shape != shape:
@@ -228,7 +229,7 @@ def _try(pipeline) -> None:
             ready = replace(ready, transport_min=0)
         else:
             one = np.ones(C)
-            ready = part if part.seen else replace(part, scale_C=one, offset_C=0 * one)
+            ready = part if part.seen else replace(part, scale_C=one, offset_C=0 * one, covariance_CC=np.diag(one))
             ready = replace(ready, scale_min=0)
         p_1K = ready.predict_proba(np.random.default_rng(0).standard_normal((1, C, part.path.window)))
         if p_1K.shape != (1, len(part.classes)) or not np.isfinite(p_1K).all():

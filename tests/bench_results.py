@@ -39,6 +39,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, only this folder is on the path
 
+from lib.alignment import choose
 from lib.cache import Cache, Recording
 from lib.models import load_encoder
 from lib.probe import band_power
@@ -234,8 +235,9 @@ def trained_by(cfg: Config, script: str, words: list, said: str) -> Path:
 
 @torch.no_grad()
 def encode(task: Task, path: Path) -> np.ndarray:
-    """Features averaged over time per electrode, (B, C * D)."""
+    """Features averaged over time per electrode, (B, C * D), of windows aligned as the encoder's were."""
     encoder, _ = load_encoder(path, task.cache)
+    task.cache.align(choose("auto", path))
     features = []
     for ids in np.array_split(np.arange(len(task.y_B)), -(-len(task.y_B) // 64)):
         batch = task.cache.read(task.row_B[ids], task.start_B[ids], task.samples)
@@ -243,6 +245,7 @@ def encode(task: Task, path: Path) -> np.ndarray:
         z_BND = encoder(batch.x_BCT, batch.positions_BC3, mask_BC)
         z_BCD = z_BND.unflatten(1, (batch.x_BCT.shape[1], -1)).mean(2)
         features.append(torch.where(batch.mask_BC[:, :, None], z_BCD, 0.0).flatten(1))
+    task.cache.align("none")
     return torch.cat(features).numpy()
 
 

@@ -21,7 +21,7 @@ from lib.optim import decay_groups
 from lib.perceiver import MONTAGE, Across, spread_montage
 from lib.predictor import Predictor
 
-SMALL = dict(d_model=32, layers=2, heads=4, patch=25, rate_hz=100.0)
+SMALL = dict(d_model=32, layers=2, heads=4, patch=25, rate_hz=100.0, relations=True)
 KINDS = {
     "transformer": {},
     "mamba": dict(encoder="mamba"),

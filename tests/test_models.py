@@ -2,15 +2,21 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from lib.batches import Part
 from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
+from lib.grid import Grid, to_patches
 from lib.losses import layer_normed, loss_latent
 from lib.masks import draw_masks
 from lib.metrics import effective_rank, feature_std
@@ -19,7 +25,7 @@ from lib.optim import decay_groups, ema_momentum, ema_update, warmup_cosine
 from lib.predictor import Predictor
 from lib.tensors import load_tensors, save_tensors
 
-SMALL = Architecture(d_model=32, layers=2, heads=2, patch=25, rate_hz=100.0)
+SMALL = Architecture(d_model=32, layers=2, heads=2, patch=25, rate_hz=100.0, relations=True)
 
 
 @pytest.fixture
@@ -324,3 +330,71 @@ def test_what_all_tokens_have_in_common_is_no_target(encoder):
 def test_take_picks_tokens():
     z_BND = torch.arange(24.0).reshape(2, 4, 3)
     assert torch.equal(take(z_BND, torch.tensor([[3, 0], [1, 1]])), torch.stack([z_BND[0, [3, 0]], z_BND[1, [1, 1]]]))
+
+
+def relations_by_loops(x_CPS, at_CF, seen_CP):
+    """What Relations says of each token (C, P, F), one pair of electrodes after the other, float64."""
+    C, P, _ = x_CPS.shape
+    found = torch.zeros(C, P, at_CF.shape[1], dtype=torch.float64)
+    for c, p in ((c, p) for c in range(C) for p in range(P) if seen_CP[c, p]):
+        others = [o for o in range(C) if o != c and seen_CP[o, p]]
+        for o in others:
+            a, b = (x_CPS[i, p].double() - x_CPS[i, p].double().mean() for i in (c, o))
+            size = ((a.square().sum() + 1e-3 * len(a)) * (b.square().sum() + 1e-3 * len(b))).sqrt()
+            found[c, p] += torch.atanh(0.9 * (a @ b) / size) * at_CF[o].double() / len(others)
+    return found
+
+
+def test_relations_are_the_loops_over_pairs_of_what_is_seen():
+    torch.manual_seed(0)
+    encoder, C, P = build_encoder(SMALL), 5, 3
+    x_BCT, positions_BC3 = torch.randn(2, C, P * 25), 0.08 * torch.randn(2, C, 3)
+    x_BCT[:, 1] += 2 * x_BCT[:, 0]
+    ids_BK = torch.stack([torch.randperm(C * P)[:9] for _ in range(2)])
+    at = encoder.place.harmonics(positions_BC3)
+    found_BKF = encoder.relate.measure(take(to_patches(x_BCT, 25), ids_BK), at, Grid(C, P, ids_BK))
+    for b in range(2):
+        seen_CP = torch.zeros(C * P, dtype=torch.bool).index_fill(0, ids_BK[b], True).unflatten(0, (C, P))
+        by_loops = relations_by_loops(x_BCT[b].unflatten(1, (P, 25)), at[0][b], seen_CP).flatten(0, 1)[ids_BK[b]]
+        torch.testing.assert_close(found_BKF[b].double(), by_loops, atol=1e-5, rtol=1e-4)
+
+
+def test_relations_know_nothing_of_hidden_tokens_and_nothing_where_there_is_no_other():
+    torch.manual_seed(0)
+    encoder = build_encoder(SMALL).eval()
+    x_BCT, positions_BC3 = torch.randn(2, 4, 75), 0.08 * torch.randn(2, 4, 3)
+    ids_BK = torch.tensor([[0, 1, 4, 5, 7, 11], [2, 3, 6, 9, 10, 0]])
+    before = encoder(x_BCT, positions_BC3, None, ids_BK)
+    hidden_BCT = torch.ones(2, 12, dtype=torch.bool).scatter(1, ids_BK, False).repeat_interleave(25, 1).unflatten(1, (4, 75))  # fmt: skip
+    after = encoder(torch.where(hidden_BCT, 1e3 * torch.randn_like(x_BCT), x_BCT), positions_BC3, None, ids_BK)
+    torch.testing.assert_close(before, after)
+    alone = encoder.relate.measure(torch.randn(1, 3, 25), encoder.place.harmonics(positions_BC3[:1, :1]), Grid(1, 3))
+    assert (alone == 0).all()
+    nowhere = encoder.place.harmonics(torch.full((1, 3, 3), torch.nan))
+    assert (encoder.relate.measure(torch.randn(1, 9, 25), nowhere, Grid(3, 3)) == 0).all()
+
+
+def test_relations_of_correlated_electrodes_can_be_read_from_untrained_features():
+    """Two classes that differ in nothing but the correlation of two electrodes: a spectrum of each can't tell them, relations can."""
+    torch.manual_seed(0)
+    positions_BC3 = torch.tensor([POSITIONS[n] for n in ("F3", "F4", "P3", "P4")]).expand(300, -1, -1)
+    x_BCT, y_B = torch.randn(300, 4, 200), torch.arange(300) % 2
+    x_BCT[:, 1] = torch.where(y_B[:, None] == 1, 0.6 * x_BCT[:, 0] + 0.8 * x_BCT[:, 1], x_BCT[:, 1])
+    told = {}
+    for relations in (False, True):
+        encoder = build_encoder(replace(SMALL, relations=relations)).eval()
+        encoder.calibrate([Part(x_BCT, positions_BC3, None, np.arange(300), np.zeros(300, int))])
+        with torch.no_grad():
+            z_BX = encoder(x_BCT, positions_BC3).unflatten(1, (4, -1)).mean(2).flatten(1).numpy()
+        told[relations] = cross_val_score(make_pipeline(StandardScaler(), LogisticRegression(C=0.01)), z_BX, y_B, cv=5).mean()  # fmt: skip
+    assert told[True] > 0.9 > 0.75 > told[False]
+
+
+def test_a_file_from_before_relations_loads_without_them(tmp_path):
+    old = build_encoder(replace(SMALL, relations=False))
+    meta = {"signal": {}, "lineage": []}
+    save_encoder(tmp_path / "old.safetensors", old, meta)
+    tensors, label = load_tensors(tmp_path / "old.safetensors")
+    del label["architecture"]["relations"]
+    save_tensors(tmp_path / "old.safetensors", tensors, label)
+    assert load_encoder(tmp_path / "old.safetensors")[0].relate is None

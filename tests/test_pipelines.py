@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from lib import pipelines, spd
+from lib import alignment, pipelines, spd
 from lib.arrays import load_arrays, save_arrays
 from lib.channels import TEN_TWENTY
 from lib.deep import Encoder, load_encoder
@@ -231,6 +231,34 @@ def test_its_scale_is_learned_at_rest_or_from_the_first_windows(tmp_path):
     np.testing.assert_allclose(
         none.predict_proba(x_NCT[:3]), said_by(tmp_path / "none" / "model.safetensors", x_NCT[:3]), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("how", ["subject", "recording", "window"])
+@pytest.mark.parametrize("scale", ["robust", "none"])
+def test_a_model_of_aligned_signals_gets_them_aligned(tmp_path, how, scale):
+    """Windows of a person at rest as a recording of a cache: the service and the cache must make the same of them."""
+    file = model_file(tmp_path / "a", scale=scale, align=how)
+    made = load_encoder(file, "task")
+    x_NCT, _ = windows(40, 2)
+    if how != "window":
+        with pytest.raises(NotReady, match="covariance of the channels has 0 of 10"):
+            made.predict_proba(x_NCT)
+    rest = made.fit({"BACKGROUND": x_NCT})
+    scale_C, offset_C = (rest.scale_C, rest.offset_C) if scale == "robust" else (np.ones(6), np.zeros(6))
+    z_NCT = torch.from_numpy((x_NCT - offset_C[:, None]) / scale_C[:, None])
+    cov_NCC = alignment.covariance(z_NCT)
+    root = alignment.whitener(cov_NCC if how == "window" else cov_NCC.mean(0, keepdim=True), alignment.FLOOR[how])
+    expected_NK = said_by(file, (root @ z_NCT).numpy())
+    np.testing.assert_allclose(rest.predict_proba(x_NCT), expected_NK, atol=1e-5)
+    first = made.partial_fit(x_NCT[:4]).partial_fit(x_NCT[4:])
+    assert first.ready is None
+    if scale == "none" and how != "window":
+        np.testing.assert_allclose(first.covariance_CC, rest.covariance_CC)
+    pipelines.save(rest, tmp_path / "b")
+    again = pipelines.load(tmp_path / "b")
+    np.testing.assert_allclose(again.predict_proba(x_NCT), expected_NK, atol=1e-5)
+    x_NCT[:, 4] = 0  # a channel that went bad is left out of it
+    assert np.isfinite(rest.predict_proba(x_NCT)).all() and (rest.signal(x_NCT)[0][:, 4] == 0).all()
 
 
 def test_channels_that_are_zero_are_masked_but_not_the_reference(tmp_path):

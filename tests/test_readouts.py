@@ -25,7 +25,7 @@ META = {"signal": {}, "lineage": [], "window_s": 2.0}
 
 def decoder_of(kind: str, stretches: int = 0, targets=TARGETS, adapter: str = "none") -> Decoder:
     torch.manual_seed(0)
-    architecture = Architecture(d_model=32, layers=2, heads=2, patch=50, adapter=adapter, queries=8)
+    architecture = Architecture(d_model=32, layers=2, heads=2, patch=50, adapter=adapter, queries=8, relations=True)
     decoder = Decoder(build_encoder(architecture), Reading(kind, 4, 3, stretches), targets)
     for head in decoder.heads:
         torch.nn.init.normal_(head.weight)
