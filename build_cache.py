@@ -50,6 +50,9 @@ class Config:
         "auto"  # pass band; auto: 0.5 45 for EEG, none for vibration
     )
     notch_hz: Literal["none"] | tuple[float, ...] = "none"  # line frequencies to remove, e.g. 50 100
+    envelope_hz: Literal["none"] | tuple[float, float] = (
+        "none"  # keep the envelope of this band of the source instead of the signal: what tells a bearing's faults apart
+    )
     reference: str = "average"  # average, none, or electrodes such as Cz or A1,A2; vibration is never re-referenced
     channels: str = "all"  # all, tuh21, tuh19, hbn128, or names such as C3,Cz,C4
     missing: Literal["auto", "reject", "interpolate", "mask"] = (
@@ -102,8 +105,13 @@ def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
         raise Unusable(f"--band-hz {band[0]:g} {band[1]:g} must rise and end at or below half of --rate-hz {rate_hz:g}")
     if not rate_hz > 0:
         raise Unusable(f"--rate-hz {rate_hz:g} must be positive")
+    own = None if cfg.envelope_hz == "none" else [float(f) for f in cfg.envelope_hz]
+    if own and not 0 < own[0] < own[1]:
+        raise Unusable(f"--envelope-hz {own[0]:g} {own[1]:g} must rise from above 0")
+    if own and cfg.causal:
+        raise Unusable("--envelope-hz needs the whole recording, and --causal must not: leave one of them out")
     profile = channels.PROFILES.get(cfg.channels)
-    return {
+    return ({"envelope_hz": own} if own else {}) | {
         "recipe": RECIPE,
         "kind": kind,
         "rate_hz": float(rate_hz),
@@ -241,7 +249,12 @@ def prepare(
 def _filter(x_CT: np.ndarray, rate_hz: float, segments: list, signal: dict) -> tuple[np.ndarray, list]:
     """Filter and resample each segment by itself, so that nothing leaks over a gap; short ones are left out."""
     out_hz, band, notch = signal["rate_hz"], signal["band_hz"], signal["notch_hz"]
+    inner_hz = signal.get("envelope_hz")
     pieces, kept, first = [], [], 0
+    if inner_hz and inner_hz[1] > rate_hz / 2:
+        raise Rejected(
+            "rate_too_low", f"sampled at {rate_hz:g} Hz, which can't hold {inner_hz[1]:g} Hz (--envelope-hz)"
+        )
     try:
         if signal["causal"]:
             filters.Causal(rate_hz, out_hz, band, notch, len(x_CT))
@@ -253,6 +266,7 @@ def _filter(x_CT: np.ndarray, rate_hz: float, segments: list, signal: dict) -> t
         if segment.stop - segment.start < signal["min_seconds"] * rate_hz:
             continue
         piece = x_CT[:, segment.start : segment.stop]
+        piece = filters.envelope(piece, rate_hz, inner_hz) if inner_hz else piece
         if signal["causal"]:
             piece = filters.Causal(rate_hz, out_hz, band, notch, len(piece)).process(piece).astype(np.float32)
         elif signal["engine"] == "mne":

@@ -116,8 +116,8 @@ class Cache:
     def _check_alike(self) -> None:
         first = self.manifests[0]
         for path, manifest in zip(self.paths[1:], self.manifests[1:], strict=False):
-            for name in ("rate_hz", "scale", "kind"):
-                ours, theirs = first["signal"][name], manifest["signal"][name]
+            for name in ("rate_hz", "scale", "kind", "envelope_hz"):
+                ours, theirs = first["signal"].get(name), manifest["signal"].get(name)
                 if ours != theirs:
                     raise Unusable(
                         f"{path} has {name} {theirs}, {self.paths[0]} has {ours}: they can't be read together; rebuild one of them"

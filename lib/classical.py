@@ -7,6 +7,7 @@ What one would use without deep learning, to stand beside every model: features 
     tangent_space          logarithm of the covariance relative to the training windows' mean (Barachant 2012, by pyriemann)
     canonical_correlation  with sines of the frequencies that classes are named after (Lin 2006); no training
     envelope_spectrum      of the rectified high-passed signal, where a damaged bearing repeats itself (Randall 2011)
+    spectrum               the same bands of signals that are envelopes already (build_cache.py --envelope-hz)
     amplitude              log deviation per site in the cache's own unit
 
 Sites are the channels themselves where all recordings have the same ones, else the 19 places of the 10-20 system, to which every montage
@@ -103,7 +104,8 @@ def covariances(x_BET: np.ndarray) -> np.ndarray:
         Covariances,  # here: it takes a second that a typing error in a flag need not wait for
     )
 
-    x_BET = x_BET + 1e-3 * np.random.default_rng(0).standard_normal(x_BET.shape)  # a channel flagged bad is all zeros
+    noise_BET = np.random.default_rng(0).standard_normal(x_BET.shape)  # a channel flagged bad is all zeros
+    x_BET = x_BET + 1e-3 * x_BET.std() * noise_BET
     return Covariances("oas").transform(x_BET)
 
 
@@ -115,7 +117,13 @@ def envelope_features(x_BET: np.ndarray, rate_hz: float) -> np.ndarray:
     spectrum = np.fft.rfft(x_BET)
     spectrum[..., np.fft.rfftfreq(T, 1 / rate_hz) < rate_hz / 10] = 0
     envelope_BET = np.abs(hilbert(np.fft.irfft(spectrum, T))) ** 2
-    power_BEF = np.abs(np.fft.rfft((envelope_BET - envelope_BET.mean(2, keepdims=True)) * np.hanning(T))) ** 2
+    return spectrum_features(envelope_BET, rate_hz)
+
+
+def spectrum_features(x_BET: np.ndarray, rate_hz: float) -> np.ndarray:
+    """Log power in narrow bands, of equal width on a logarithmic scale: of a cache of envelopes, which are envelopes already."""
+    T = x_BET.shape[2]
+    power_BEF = np.abs(np.fft.rfft((x_BET - x_BET.mean(2, keepdims=True)) * np.hanning(T))) ** 2
     hz_F = np.fft.rfftfreq(T, 1 / rate_hz)
     low, high, bands = ENVELOPE_HZ
     edge = np.geomspace(low, min(high, rate_hz / 2), bands + 1)
@@ -146,6 +154,7 @@ FEATURES = {
     "waveform": (waveform_features, "model"),
     "lagged_correlations": (correlation_features, "model"),
     "envelope_spectrum": (envelope_features, "model"),
+    "spectrum": (spectrum_features, "model"),
     "amplitude": (amplitude_features, "own"),
 }
 
@@ -250,6 +259,7 @@ class Baseline:
     mean_EE: np.ndarray | None = None
     hz_K: list[float] | None = None
     recentred: bool = False
+    unit: str = "model"  # of the windows: model, or own for that of the cache
 
     @property
     def title(self) -> str:
@@ -282,7 +292,7 @@ class Baseline:
         """Numbers in the target's unit (B, 1), or probabilities (B, classes)."""
         measured = []
         for some in np.array_split(np.arange(len(row_B)), -(-len(row_B) // 256)):
-            unit = cache.unit if self.name == "amplitude" else "model"
+            unit = "model" if self.unit == "model" else cache.unit
             x_BET = self.sites.read(cache, row_B[some], start_B[some], samples, unit)
             measured.append(
                 correlations_with(x_BET, cache.rate_hz, self.hz_K) if self.hz_K else self.measure(x_BET, cache.rate_hz)
@@ -338,19 +348,26 @@ def fit_baselines(
     subject_B = subjects(cache, row_B)
     x_BET = sites.read(cache, row_B, start_B, examples.samples, "model")
     names = ["band_power", "amplitude"]
-    names += ["envelope_spectrum"] if cache.signal["kind"] == "vibration" else ["lagged_correlations"]
+    if cache.signal.get("envelope_hz"):
+        names += ["spectrum"]
+    else:
+        names += ["envelope_spectrum"] if cache.signal["kind"] == "vibration" else ["lagged_correlations"]
     names += ["waveform"] if target.source == "event" else []
-    made = [Baseline(name, sites) for name in names]
+    made = [Baseline(name, sites, unit="own" if name == "amplitude" else "model") for name in names]
     if len(sites.names) > 1:
         from pyriemann.tangentspace import TangentSpace
 
-        made.append(Baseline("tangent_space", sites, mean_EE=TangentSpace().fit(covariances(x_BET)).reference_))
+        # scaled by channel, an average reference leaves a direction empty that tells recordings, and so states, apart
+        unit = "model" if "align" in cache.signal else "own"
+        own_BET = x_BET if unit == "model" else sites.read(cache, row_B, start_B, examples.samples, cache.unit)
+        mean_EE = TangentSpace().fit(covariances(own_BET)).reference_
+        made.append(Baseline("tangent_space", sites, mean_EE=mean_EE, unit=unit))
     if recentred:
         twice = [b for b in made if b.name in ("band_power", "tangent_space")]
         made += [replace(b, recentred=True, mean_EE=copy(b.mean_EE)) for b in twice]
     for baseline in made:
-        own = baseline.name == "amplitude"
-        signal = sites.read(cache, row_B, start_B, examples.samples, cache.unit) if own else x_BET
+        same = baseline.unit == "model"
+        signal = x_BET if same else sites.read(cache, row_B, start_B, examples.samples, cache.unit)
         features_BF = baseline.features(baseline.measure(signal, cache.rate_hz), subject_B)
         baseline.linear = fit_linear(
             features_BF, y_B.astype(int) if target.classes else y_B, subject_B, len(target.classes)
@@ -372,6 +389,7 @@ def pack(baselines: list[list[Baseline]]) -> tuple[list[dict], dict[str, torch.T
                     "interpolated": b.sites.interpolated,
                     "hz": b.hz_K,
                     "recentred": b.recentred,
+                    "unit": b.unit,
                 }
             )
             arrays = {} if b.linear is None else vars(b.linear)
@@ -387,12 +405,13 @@ def unpack(described: list[dict], tensors: dict[str, torch.Tensor], targets: int
     baselines: list[list[Baseline]] = [[] for _ in range(targets)]
     for d in described:
         recentred = d.get("recentred", False)  # files from before there was such a thing say nothing of it
+        unit = d.get("unit", "own" if d["name"] == "amplitude" else "model")
         start = f"baseline.{d['target']}.{title(d['name'], recentred)}."
         arrays = {n.removeprefix(start): t.numpy() for n, t in tensors.items() if n.startswith(start)}
         sites = Sites(tuple(d["sites"]), d["interpolated"])
         mean_EE = arrays.pop("mean_EE", None)
         baselines[d["target"]].append(
-            Baseline(d["name"], sites, Linear(**arrays) if arrays else None, mean_EE, d["hz"], recentred)
+            Baseline(d["name"], sites, Linear(**arrays) if arrays else None, mean_EE, d["hz"], recentred, unit)
         )
     return baselines
 

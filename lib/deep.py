@@ -93,16 +93,13 @@ class Encoder:
         """Windows in the model's unit, aligned as the cache aligns them, by the covariance that was measured or their own."""
         import torch
 
-        from lib.alignment import FLOOR, covariance, whitener
+        from lib.alignment import covariance, whitener
 
+        x_NCT = x_NCT if self.scaled == "none" else x_NCT * self.scale_C[:, None]
         if self.aligned == "window":
-            root_NCC = whitener(covariance(torch.from_numpy(x_NCT)), FLOOR["window"])
-        else:
-            scale_C = np.ones(x_NCT.shape[1]) if self.scaled == "none" else self.scale_C
-            own_CC = torch.from_numpy(self.covariance_CC / scale_C[:, None] / scale_C)
-            both_NCC = torch.from_numpy(good_NC[:, :, None] & good_NC[:, None])
-            root_NCC = whitener(own_CC * both_NCC, FLOOR[self.aligned])
-        return root_NCC.numpy() @ x_NCT
+            return whitener(covariance(torch.from_numpy(x_NCT))).numpy() @ x_NCT
+        both_NCC = torch.from_numpy(good_NC[:, :, None] & good_NC[:, None])
+        return whitener(torch.from_numpy(self.covariance_CC) * both_NCC).numpy() @ x_NCT
 
     def predict_proba(self, x_NCT: np.ndarray) -> np.ndarray:
         """Probabilities (N, K), float64. Raises NotReady."""
@@ -231,6 +228,8 @@ def load_encoder(file: File, target: str | None = None, acausal: bool = False) -
     signal, names = meta["signal"], [t.name for t in decoder.targets]
     if signal.get("kind") != "eeg":
         raise Unusable(f"{file} was trained on {signal.get('kind')} signals; the service takes EEG")
+    if signal.get("envelope_hz"):
+        raise Unusable(f"{file} was trained on envelopes of whole recordings, which no service can give it")
     if not signal.get("causal") and not acausal:
         raise Unusable(
             f"{file} was trained on zero-phase filtered signals, which no service can give it: build the cache with --causal "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lib.errors import Unusable
 from lib.samplers import GOLDEN, derive, key, mix
 
 KINDS = ("random", "spatial", "temporal", "spatiotemporal")
@@ -80,7 +81,9 @@ def draw_masks(
     good_BCP = np.repeat(mask_BC.numpy()[:, :, None], patches, axis=2)
     B, C, P = good_BCP.shape
     tokens_B = good_BCP.sum((1, 2))
-    assert tokens_B.min() >= 2, f"a window with {tokens_B.min()} good tokens can't be split into context and target"
+    if tokens_B.min() < 2:
+        words = "can't be split into context and target: raise --window-s or lower --patch-s"
+        raise Unusable(f"a window with {tokens_B.min()} good tokens {words}")
     hidden_B = np.clip(np.floor(ratio * tokens_B + 0.5).astype(np.int64), 1, tokens_B - 1)
     priority_BCP = uniform(seed, step, index_B, C * P, "mask order").reshape(B, C, P)
     if kind == "random":

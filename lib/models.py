@@ -148,6 +148,10 @@ class Relations(nn.Module):
     def __init__(self, harmonics: int, d: int):
         super().__init__()
         self.weight = nn.Linear(harmonics, d)
+        with (
+            torch.no_grad()
+        ):  # where correlations say nothing they are noise beside the spectrum; training may raise it
+            self.weight.weight *= 0.5
         self.register_buffer("level_F", torch.zeros(harmonics))
         self.register_buffer("spread_F", torch.ones(harmonics))
 
@@ -344,7 +348,7 @@ def load_encoder(path: str | Path, cache=None) -> tuple[nn.Module, dict]:
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
     if cache is not None:
-        for name in ("kind", "rate_hz", "band_hz", "notch_hz", "reference", "scale"):
+        for name in ("kind", "rate_hz", "band_hz", "envelope_hz", "notch_hz", "reference", "scale"):
             ours, theirs = meta["signal"].get(name), cache.signal.get(name)
             if ours != theirs:
                 raise Unusable(

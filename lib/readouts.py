@@ -239,7 +239,7 @@ def load_model(path: str | Path, cache=None) -> tuple[Decoder, dict, dict[str, t
 
 def check_signal(meta: dict, cache, path: str | Path) -> None:
     """Raises Unusable if a cache holds signals unlike those a file was trained on."""
-    for name in ("kind", "rate_hz", "band_hz", "notch_hz", "reference", "scale"):
+    for name in ("kind", "rate_hz", "band_hz", "envelope_hz", "notch_hz", "reference", "scale"):
         ours, theirs = meta["signal"].get(name), cache.signal.get(name)
         if ours != theirs:
             raise Unusable(

@@ -297,11 +297,16 @@ def log_band_power(task: Task) -> np.ndarray:
 
 
 def tangent_space(task: Task, aligned: bool) -> np.ndarray:
-    """Covariances in the tangent space at their mean: at that of all windows, or each subject's at its own (Zanini 2018)."""
+    """
+    Covariances in the tangent space at their mean: at that of all windows, or each subject's at its own (Zanini 2018).
+
+    In microvolts: scaled by channel, an average reference leaves a direction empty that is each recording's own, and
+    re-centred by subject that direction tells recordings apart, which here are classes.
+    """
     from pyriemann.estimation import Covariances
     from pyriemann.tangentspace import TangentSpace
 
-    covariance_BCC = Covariances("oas").transform(task.read().double().numpy())
+    covariance_BCC = Covariances("oas").transform(task.read("uV").double().numpy())
     group_B = task.subject_B if aligned else np.zeros(len(task.y_B))
     x_BF = np.empty((len(group_B), covariance_BCC.shape[1] * (covariance_BCC.shape[1] + 1) // 2))
     for group in np.unique(group_B):

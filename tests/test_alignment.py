@@ -39,11 +39,13 @@ def test_the_mean_covariance_of_a_person_or_recording_becomes_the_identity(cache
     first = cache.recordings[0]
     rows = [i for i, r in enumerate(cache.recordings) if r.subject == first.subject and (how == "subject" or i == 0)]
     assert len(rows) == (2 if how == "subject" else 1)
-    batch = every(cache, rows)
-    mean_CC = covariance(batch.x_BCT).mean(0)
-    # a direction of variance v becomes v / (v + floor); the average reference leaves one with hardly any
-    value_C = torch.linalg.eigvalsh(mean_CC)
-    assert value_C[0] < 0.5 and (value_C[1:] - 1).abs().max() < 0.02
+    uv = every(cache, rows, "uV").x_BCT
+    value_C = torch.linalg.eigvalsh(covariance(uv).mean(0))
+    level = covariance(uv).mean(0).diagonal().log().mean().exp()
+    expected_C = value_C / (value_C + alignment.FLOOR * level)  # the average reference leaves one direction empty
+    got_C = torch.linalg.eigvalsh(covariance(every(cache, rows).x_BCT).mean(0))
+    torch.testing.assert_close(got_C, expected_C.sort().values, atol=0.02, rtol=0.02)
+    assert got_C[0] < 0.05 and got_C[2] > 0.9
     assert cache.signal["align"] == how
 
 
@@ -69,10 +71,10 @@ def test_bad_channels_stay_zero_and_change_nothing():
     x_BCT = torch.randn(2, 5, 300)
     x_BCT[:, 3] = 0
     kept = [0, 1, 2, 4]
-    with_it, without = whitener(covariance(x_BCT), 0.02), whitener(covariance(x_BCT[:, kept]), 0.02)
+    with_it, without = whitener(covariance(x_BCT)), whitener(covariance(x_BCT[:, kept]))
     assert (with_it[:, 3] == 0).all() and (with_it[:, :, 3] == 0).all()
     torch.testing.assert_close(with_it[:, kept][:, :, kept], without)
-    assert (whitener(torch.zeros(1, 3, 3), 0.02) == 0).all()
+    assert (whitener(torch.zeros(1, 3, 3)) == 0).all()
 
 
 def test_a_bad_channel_of_one_recording_is_left_out_of_it_alone(folder, cache):
@@ -145,3 +147,17 @@ def test_phases_go_on_as_the_first_one_began(folder, tmp_path):
     assert read["c"] != read["d"]
     code, _, said = run("--init", done["encoder"], "--cache", folder, "--steps", 2, script="train_flow.py")
     assert code == 2 and "--align subject" in said
+
+
+@pytest.mark.parametrize("how", ["subject", "recording", "window"])
+def test_how_recordings_were_scaled_leaves_no_trace(folder, tmp_path, how):
+    """Scaled by channel after an average reference, whitened windows would say which recording they are of."""
+    other = tmp_path / "other"
+    code, _, said = run("--source", folder.parent / "source", "--cache", other, "--rate-hz", 100, "--scale", "zscore")
+    assert code == 0, said
+    robust, zscore = Cache(folder), Cache(other)
+    for opened in (robust, zscore):
+        opened.align(how)
+    a, b = (every(opened, [0, 1, 4]).x_BCT for opened in (robust, zscore))
+    a, b = (x - x.mean(2, keepdim=True) for x in (a, b))  # their offsets differ
+    assert (a - b).abs().max() < 0.05 and torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.9999

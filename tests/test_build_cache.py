@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from lib import store
+from lib import filters, store
 from lib.cache import Cache
 from lib.edf import write_edf
 from lib.errors import Unusable
@@ -452,3 +452,51 @@ def test_reasons_do_not_name_the_folder(tmp_path):
     assert code == 3 and result["quarantined_by_code"] == {"not_edf": 1, "unreadable": 1}, stderr
     for entry in json.loads((tmp_path / "cache" / "quarantine.json").read_bytes()):
         assert str(tmp_path) not in entry["reason"] and entry["key"].split("/")[-1] in entry["reason"], entry
+
+
+def knocks(rate_hz: float, every_hz: float, ring_hz: float, seconds: float = 8.0) -> np.ndarray:
+    """Noise with a resonance that is struck again and again."""
+    t_T = np.arange(round(seconds * rate_hz)) / rate_hz
+    since_T = t_T % (1 / every_hz)
+    return 0.05 * np.random.default_rng(0).standard_normal(len(t_T)) + np.exp(-400 * since_T) * np.sin(
+        2 * np.pi * ring_hz * since_T
+    )
+
+
+def test_an_envelope_cache_holds_how_often_a_resonance_is_struck_and_not_which_one(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for ring_hz in (2200, 3700):
+        np.save(folder / f"{ring_hz}.npy", knocks(12000.0, 107.0, ring_hz).astype(np.float32))
+    flags = ["--source", folder, "--source-rate-hz", 12000, "--source-unit", "g", "--rate-hz", 1200]
+    (folder / "dataset.toml").write_text('name = "knocks"\nkind = "vibration"\npattern = \'(?P<subject>\\d+)\\.npy\'\n')
+    code, _, said = run(*flags, "--cache", tmp_path / "cache", "--envelope-hz", 500, 6000)
+    assert code == 0, said
+    cache = Cache(tmp_path / "cache")
+    assert cache.signal["envelope_hz"] == [500.0, 6000.0] and cache.rate_hz == 1200
+    for row in (0, 1):
+        x_T = cache.read([row], [0], 9000, unit="g").x_BCT[0, 0].double().numpy()
+        power_F, hz_F = np.abs(np.fft.rfft(x_T - x_T.mean())) ** 2, np.fft.rfftfreq(9000, 1 / 1200)
+        lines = [power_F[np.abs(hz_F - k * 107) < 0.5].sum() for k in (1, 2, 3)]
+        assert hz_F[power_F.argmax()] == pytest.approx(107, abs=0.2) and sum(lines) > 0.8 * power_F[hz_F < 400].sum()
+    for words, reason in (
+        (["--envelope-hz", 600, 500], "must rise"),
+        (["--envelope-hz", 500, 6000, "--causal"], "leave one of them out"),
+    ):
+        code, _, said = run(*flags, "--cache", tmp_path / "other", *words)
+        assert code == 2 and reason in said
+    code, left, _ = run(*flags, "--cache", tmp_path / "other", "--envelope-hz", 500, 9000)
+    assert code != 0 and "9000 Hz" in json.dumps(json.loads((tmp_path / "other" / "quarantine.json").read_text()))
+    code, _, said = run(*flags, "--cache", tmp_path / "plain")
+    assert code == 0, said
+    with pytest.raises(Unusable, match="envelope_hz"):
+        Cache(tmp_path / "cache", tmp_path / "plain")
+
+
+def test_an_envelope_is_the_magnitude_of_the_analytic_signal_in_its_band():
+    t_T = np.arange(6000) / 1000.0
+    loud_T = 1 + 0.5 * np.cos(2 * np.pi * 3 * t_T)
+    x_CT = np.stack([loud_T * np.sin(2 * np.pi * 200 * t_T), loud_T * np.sin(2 * np.pi * 20 * t_T)])
+    got_CT = filters.envelope(x_CT, 1000.0, (100.0, 300.0))
+    assert np.abs(got_CT[0, 500:-500] - loud_T[500:-500]).max() < 0.02 and got_CT[1, 500:-500].max() < 0.02
+    assert got_CT.dtype == np.float32 and got_CT.shape == x_CT.shape

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lib.channels import POSITIONS, TEN_TWENTY
+from lib.errors import Unusable
 from lib.masks import KINDS, choose_channels, draw_masks, uniform
 
 EGI = [f"E{i}" for i in range(1, 129)]
@@ -165,7 +166,7 @@ def test_channels_are_chosen_among_good_ones_and_packed_together():
 
 
 def test_windows_of_one_token_are_refused():
-    with pytest.raises(AssertionError, match="1 good tokens"):
+    with pytest.raises(Unusable, match="1 good tokens"):
         draw_masks(
             "random", torch.zeros(1, 1, 3), torch.ones(1, 1, dtype=torch.bool), 1, 0.6, 0.09, 2, 0, 0, np.arange(1)
         )
