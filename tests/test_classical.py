@@ -98,6 +98,13 @@ def test_baselines_find_what_is_there_and_survive_a_file(cache):
         for a, b in zip(ours, theirs, strict=True):
             told = (x.say(cache, target, row_B, start_B, 200) for x in (a, b))
             assert np.allclose(*told) and a.name == b.name
+            assert a.unit == b.unit == ("own" if a.name in ("amplitude", "tangent_space") else "model")
+    described, tensors = classical.pack(made)
+    before = [
+        {k: v for k, v in d.items() if k != "unit"} for d in described
+    ]  # a file of when covariances were of scaled channels
+    units = {b.name: b.unit for b in classical.unpack(before, tensors, 2)[0]}
+    assert units["tangent_space"] == units["band_power"] == "model" and units["amplitude"] == "own"
 
 
 def test_recentred_baselines_know_each_subject_by_its_own_mean(cache):
