@@ -192,7 +192,9 @@ def spread(ratio_R: np.ndarray) -> str:
 def compare_peers(cfg: Config) -> dict:
     models, rows, results = peers(), [], {}
     for channels in cfg.channels:
-        sizes = dict(d_model=cfg.width, layers=cfg.layers, heads=cfg.width // 32, rate_hz=RATE_HZ, patch=100)
+        sizes = dict(
+            d_model=cfg.width, layers=cfg.layers, heads=cfg.width // 32, rate_hz=RATE_HZ, patch=100, relations=True
+        )
         queries = dict(adapter="perceiver", queries=cfg.queries)
         ours = {
             "ours": (sizes, channels),
@@ -241,7 +243,7 @@ def compare_peers(cfg: Config) -> dict:
 def preset(name: str) -> Architecture:
     sizes = dataclasses.replace(train_jepa.Config(), **PRESETS[name])
     patch = round(sizes.patch_s * RATE_HZ)
-    return Architecture(sizes.encoder, sizes.d_model, sizes.layers, sizes.heads, RATE_HZ, patch)
+    return Architecture(sizes.encoder, sizes.d_model, sizes.layers, sizes.heads, RATE_HZ, patch, relations=True)
 
 
 def share(cfg: Config) -> dict:
