@@ -148,9 +148,7 @@ class Relations(nn.Module):
     def __init__(self, harmonics: int, d: int):
         super().__init__()
         self.weight = nn.Linear(harmonics, d)
-        with (
-            torch.no_grad()
-        ):  # where correlations say nothing they are noise beside the spectrum; training may raise it
+        with torch.no_grad():  # where correlations say nothing they are noise beside the spectrum
             self.weight.weight *= 0.5
         self.register_buffer("level_F", torch.zeros(harmonics))
         self.register_buffer("spread_F", torch.ones(harmonics))
@@ -256,9 +254,9 @@ class Encoder(nn.Module):
             real_BK = mask_BC.repeat_interleave(patches, 1)
         grid = Grid(x_BCT.shape[1], patches, ids_BK, real_BK)
         z_BKD = self.embed(x_BNS) + self.place(positions_BC3, patches, ids_BK)
-        return z_BKD if self.relate is None else z_BKD + self.relate(
-            x_BNS, self.place.harmonics(positions_BC3), grid
-        ), grid
+        if self.relate is not None:
+            z_BKD = z_BKD + self.relate(x_BNS, self.place.harmonics(positions_BC3), grid)
+        return z_BKD, grid
 
     @property
     def front(self) -> list[nn.Module]:
