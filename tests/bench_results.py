@@ -194,9 +194,9 @@ def code() -> str:
 
 
 def words_of(flags: str) -> list[str]:
-    """The command line of `name=value value name=value`."""
+    """The command line of `name=value value name=value`; a flag without a value is `name=`."""
     named = (part for word in shlex.split(flags) for part in (f"--{word}".split("=", 1) if "=" in word else (word,)))
-    return list(named)
+    return [part for part in named if part]
 
 
 def pretrain(cfg: Config, cache: Path, seed: int, flags: str, untrained: bool) -> Path:
