@@ -715,6 +715,8 @@ def main(cfg: Config) -> dict | None:
     if cfg.batch < ranks.world:
         raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
     cache = Cache(*cfg.cache)
+    if cfg.evaluate and cfg.align not in ("auto", trained := choose("auto", cfg.evaluate)):
+        raise Unusable(f"--align {cfg.align}: {cfg.evaluate} was trained with --align {trained}; leave the flag out")
     cache.align(choose(cfg.align, cfg.evaluate or cfg.init))
     if cfg.lineage:
         return ablation.run_lineages(cfg, Path(__file__))

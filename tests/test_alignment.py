@@ -139,6 +139,9 @@ def test_phases_go_on_as_the_first_one_began(folder, tmp_path):
     code, last, said = run(*init, *more, "--name", tmp_path / "c", script="train_supervised.py")
     assert code == 0, said
     assert alignment.choose("auto", last["model"]) == "subject"
+    wrong = ["--evaluate", last["model"], "--cache", folder, "--align", "window", "--name", tmp_path / "e"]
+    code, _, said = run(*wrong, script="train_supervised.py")
+    assert code == 2 and "was trained with --align subject" in said
     plain = [*init, *more, "--align", "none", "--name", tmp_path / "d"]
     code, other, said = run(*plain, script="train_supervised.py")
     assert code == 0, said
