@@ -37,10 +37,21 @@ def library(kind: str) -> Path:
     if kind == "torch":
         import torch  # here, because building a cache needs none of it
 
-        parts += [torch.__version__, str(torch.version.git_version)]
+        parts += [torch.__version__, str(torch.version.git_version), *threading_flags()]
     for path in [*sources(kind), *sorted(FOLDERS["torch"].glob("*.h"))]:
         parts += [path.name, path.read_text()]
     return HERE / f"_{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}.so"
+
+
+def threading_flags() -> list[str]:
+    """
+    For torch's own threads: at::parallel_for is a plain loop in what is compiled without OpenMP.
+
+    To the compiler alone, not to the linker: the runtime has to be the one that torch brings, a second one would have threads of its own.
+    """
+    import torch
+
+    return ["-Xpreprocessor", "-fopenmp"] if torch.backends.openmp.is_available() else []
 
 
 def compiler() -> str | None:
@@ -76,7 +87,7 @@ def compile_to(target: Path, kind: str, gxx: str, extra: tuple[str, ...] = ()) -
         import torch
 
         root = Path(torch.__file__).resolve().parent
-        command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-isystem{root / 'include'}"]
+        command += [*threading_flags(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-isystem{root / 'include'}"]
         command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")

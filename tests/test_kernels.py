@@ -271,6 +271,17 @@ def test_any_number_of_threads_agrees(needs_cpp, tmp_path):
         torch.set_num_threads(before)
 
 
+def test_operators_use_torchs_threads(needs_cpp):
+    """A loop over threads is a plain loop in a library that was compiled without OpenMP, and nothing else tells."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.ops.berger.threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_many_python_threads_at_once(gather, tmp_path):
     torch.set_num_threads(2)
     try:

@@ -44,12 +44,6 @@ void product(const T* a, int64_t a_row, int64_t a_inner, const T* x, T* y, int64
 }
 
 template <typename T>
-void transpose(const T* x, int64_t rows, int64_t width, T* y, int64_t stride) {  // y is width x stride
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t e = 0; e < width; e++) y[e * stride + i] = x[i * width + e];
-}
-
-template <typename T>
 struct Scan {
   ScanSizes n;
   int64_t chunks, width, states;  // width and states: the larger direction's channels and S, in whole vectors
@@ -87,23 +81,35 @@ struct Scan {
     }
   }
 
-  // kept, 1 / kept and grown of one chunk of one direction; w is the direction's channels in whole vectors
+  // kept, grown and, for gradients, 1 / kept of one chunk of one direction; w is the direction's channels in whole vectors
+  template <bool gradients>
   void read_chunk(const ScanRow<T>& r, int64_t k, bool back, int64_t from, int64_t count, int64_t w) {
     const int64_t steps = std::min(Q, n.steps - k * Q), next = back && k > 0 ? -Q : Q;  // beyond the last one is often the next row
-    for (int64_t i = 0; i < steps; i++) {
-      const int64_t at = back ? steps - 1 - i : i, t = k * Q + at, previous = back ? at + 1 : at - 1;
-      const T *fade = r.fade + t * r.fade_step + from, *u = r.u + t * r.u_step + from;
-      for (int64_t e = 0; e < w; e += LANES_OF<T>) {
-        __builtin_prefetch(fade + e + next * r.fade_step);
-        __builtin_prefetch(u + e + next * r.u_step);
-        vec<T> f = read(fade + e, count - e);
-        f = f > T(4) ? all(T(4)) : f;
-        const vec<T> before = i ? load(kept + previous * w + e) : all(T(1)), product = before * exponential(-f), over = T(1) / product;
-        store(product, kept + at * w + e);
-        store(over, inverse + at * w + e);
-        store(read(u + e, count - e) * over, grown + at * w + e);
+    const int64_t first = back ? steps - 1 : 0, step = back ? -1 : 1;
+    const T *fade = r.fade + (k * Q + first) * r.fade_step + from, *u = r.u + (k * Q + first) * r.u_step + from;
+    const auto columns = [&](int64_t e, auto vectors, auto get) INLINE_LAMBDA {  // in registers from step to step
+      vec<T> product[vectors];
+      for (int v = 0; v < vectors; v++) product[v] = all(T(1));
+      const T *f_at = fade + e, *u_at = u + e;
+      T *kept_at = kept + first * w + e, *grown_at = grown + first * w + e, *inverse_at = inverse + first * w + e;
+      for (int64_t i = 0; i < steps; i++) {
+        __builtin_prefetch(f_at + next * r.fade_step);
+        __builtin_prefetch(u_at + next * r.u_step);
+        for (int v = 0; v < vectors; v++) {
+          constexpr int64_t lanes = LANES_OF<T>;
+          product[v] *= decayed(at_most(all(T(4)), get(f_at + v * lanes)));
+          const vec<T> over = T(1) / product[v];
+          store(product[v], kept_at + v * lanes);
+          if (gradients) store(over, inverse_at + v * lanes);
+          store(get(u_at + v * lanes) * over, grown_at + v * lanes);
+        }
+        f_at += step * r.fade_step, u_at += step * r.u_step, kept_at += step * w, grown_at += step * w, inverse_at += step * w;
       }
-    }
+    };
+    const auto whole = [](const T* x) { return load(x); };
+    int64_t e = 0;
+    for (; e + 2 * LANES_OF<T> <= count; e += 2 * LANES_OF<T>) columns(e, std::integral_constant<int, 2>(), whole);
+    for (; e < count; e += LANES_OF<T>) columns(e, std::integral_constant<int, 1>(), [&](const T* x) { return read(x, count - e); });
   }
 
   static INLINE vec<T> read(const T* from, int64_t left) { return left >= LANES_OF<T> ? load(from) : load_some(from, left); }
@@ -129,17 +135,22 @@ struct Scan {
       const int64_t w = (count + LANES_OF<T> - 1) / LANES_OF<T> * LANES_OF<T>;
       if (count == 0) continue;
       T *h = before, *next = after;
-      std::fill(h, h + states * w, T(0));
+      if (chunks > 1) std::fill(h, h + states * w, T(0));
       for (int64_t i = 0; i < chunks; i++) {
         const int64_t k = back ? chunks - 1 - i : i, steps = std::min(Q, n.steps - k * Q);
-        read_chunk(r, k, back, from, count, w);
+        read_chunk<false>(r, k, back, from, count, w);
         const T* square = cb + k * Q * Q;
         if (back) triangle<Part::upper>(square, y, steps, w);
         else triangle<Part::lower>(square, y, steps, w);
         if (i > 0) product<Part::all>(c + k * Q * states, states, 1, h, y, steps, n.states, w, true);
-        for (int64_t t = 0; t < steps; t++)
-          for (int64_t e = 0; e < w; e += LANES_OF<T>)
-            write(load(y + t * w + e) * load(kept + t * w + e), y_LE + (k * Q + t) * n.channels + from + e, count - e);
+        for (int64_t t = 0; t < steps; t++) {
+          const T *sum = y + t * w, *scale = kept + t * w;
+          T* to = y_LE + (k * Q + t) * n.channels + from;
+          int64_t e = 0;
+          __builtin_prefetch(to + (back && k > 0 ? -Q : Q) * n.channels, 1);
+          for (; e + LANES_OF<T> <= count; e += LANES_OF<T>) store(load(sum + e) * load(scale + e), to + e);
+          if (e < count) store_some(load(sum + e) * load(scale + e), to + e, count - e);
+        }
         if (i + 1 < chunks) pass_on(k, back, h, next, w), std::swap(h, next);
       }
     }
@@ -171,14 +182,14 @@ struct Scan {
       if (count == 0) continue;
       std::fill(before, before + state, T(0));
       for (int64_t i = 0; i + 1 < chunks; i++) {  // the states before each chunk, once more
-        read_chunk(r, back ? chunks - 1 - i : i, back, from, count, w);
+        read_chunk<false>(r, back ? chunks - 1 - i : i, back, from, count, w);
         pass_on(back ? chunks - 1 - i : i, back, before + i * state, before + (i + 1) * state, w);
       }
       std::fill(gh, gh + state, T(0));
       for (int64_t i = chunks - 1; i >= 0; i--) {
         const int64_t k = back ? chunks - 1 - i : i, steps = std::min(Q, n.steps - k * Q), last = back ? 0 : steps - 1;
         const T *h = before + i * state, *b_k = b + k * Q * states, *c_k = c + k * Q * states;
-        read_chunk(r, k, back, from, count, w);
+        read_chunk<true>(r, k, back, from, count, w);
         T* sums = after;  // of the fades' gradient, per channel; first - gh . h at the chunk's end
         std::fill(sums, sums + w, T(0));
         if (i + 1 < chunks) {

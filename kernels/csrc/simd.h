@@ -68,21 +68,62 @@ INLINE double sum(vec<double> v) {
   return s;
 }
 
-// exp for |x| < 87, to 2 units of the last place (the polynomial of Cephes' expf); NaN stays NaN
-INLINE vec<float> exponential(vec<float> x) {
+// exp(-x) for 0 <= x < 87, to 2 units of the last place (the polynomial of Cephes' expf, odd signs turned); NaN stays NaN
+INLINE vec<float> decayed(vec<float> x) {
   typedef int32_t ints __attribute__((vector_size(BYTES)));
   const vec<float> magic = all(12582912.0f);  // 1.5 x 2^23: adding it rounds to an integer, held in the low bits
-  const vec<float> shifted = fma(x, all(1.44269504f), magic), n = shifted - magic;
-  const vec<float> r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), x));
-  vec<float> p = fma(r, all(1.9875691500e-4f), all(1.3981999507e-3f));
+  const vec<float> shifted = fma(x, all(-1.44269504f), magic), n = shifted - magic;
+  const vec<float> r = fma(n, all(-2.12194440e-4f), fma(n, all(0.693359375f), x));
+  vec<float> p = fma(r, all(1.9875691500e-4f), all(-1.3981999507e-3f));
   p = fma(p, r, all(8.3334519073e-3f));
-  p = fma(p, r, all(4.1665795894e-2f));
+  p = fma(p, r, all(-4.1665795894e-2f));
   p = fma(p, r, all(1.6666665459e-1f));
-  p = fma(p, r, all(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
+  p = fma(p, r, all(-5.0000001201e-1f));
+  p = 1.0f - fma(p, r * r, r);
   return p * vec<float>(((ints)shifted + 127) << 23);
 }
-INLINE vec<double> exponential(vec<double> x) {
-  for (int i = 0; i < LANES_OF<double>; i++) x[i] = std::exp(x[i]);
+INLINE vec<double> decayed(vec<double> x) {
+  for (int i = 0; i < LANES_OF<double>; i++) x[i] = std::exp(-x[i]);
   return x;
+}
+
+// the smaller one; x if it is NaN
+#ifdef AVX2_REGION
+INLINE vec<float> at_most(vec<float> most, vec<float> x) { return vec<float>(_mm256_min_ps(most, x)); }
+INLINE vec<double> at_most(vec<double> most, vec<double> x) { return vec<double>(_mm256_min_pd(most, x)); }
+#else
+template <typename T>
+INLINE T at_most(T most, T x) { return x > most ? most : x; }
+#endif
+
+// y[e * stride + i] = x[i * width + e], i < rows
+template <typename T>
+void transpose(const T* x, int64_t rows, int64_t width, T* y, int64_t stride) {
+  int64_t from = 0;
+#ifdef AVX2_REGION
+  if constexpr (sizeof(T) == 4)
+    for (; from + 8 <= rows; from += 8)
+      for (int64_t e = 0; e + 8 <= width; e += 8) {
+        __m256 a[8], b[8];
+        for (int i = 0; i < 4; i++) {  // row i beside row i + 4
+          const float *low = x + (from + i) * width + e, *high = low + 4 * width;
+          a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+          a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+        }
+        for (int i = 0; i < 8; i += 4)
+          for (int j = 0; j < 2; j++) {
+            b[i + j] = _mm256_unpacklo_ps(a[i + 2 * j], a[i + 2 * j + 1]);
+            b[i + j + 2] = _mm256_unpackhi_ps(a[i + 2 * j], a[i + 2 * j + 1]);
+          }
+        float* to = y + e * stride + from;
+        for (int i = 0; i < 8; i += 4)
+          for (int j = 0; j < 2; j++) {
+            const __m256 low = b[i + 2 * j], high = b[i + 2 * j + 1];
+            _mm256_storeu_ps(to + (i + 2 * j) * stride, _mm256_shuffle_ps(low, high, 0x44));
+            _mm256_storeu_ps(to + (i + 2 * j + 1) * stride, _mm256_shuffle_ps(low, high, 0xee));
+          }
+      }
+#endif
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t e = i < from ? width / LANES_OF<T> * LANES_OF<T> : 0; e < width; e++) y[e * stride + i] = x[i * width + e];
 }
