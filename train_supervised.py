@@ -77,8 +77,8 @@ class Config(RunConfig):
         "challenge1",
     )  # challenge1, challenge2, seizure, columns, event labels (A+B: which of them)
     mode: Literal["auto", "scratch", "probe", "finetune"] = "auto"  # auto: finetune with --init, else scratch
-    readout: Literal["auto", "mean", "sites", "attention", "prelocal", "postlocal", "contextual"] = (
-        "auto"  # from tokens to features; the last three are S-JEPA's; auto: contextual after events, attention for seizures, else sites
+    readout: Literal["auto", "mean", "sites", "attention", "prelocal", "postlocal", "contextual", "latency"] = (
+        "auto"  # from tokens to features (lib/readouts.py); auto: latency for times, contextual after other events, attention for seizures, else sites
     )
     fitted_head: bool = True  # training starts from the heads that a probe would fit; not for seizures
     filters: int = 8  # spatial filters of a readout, or means of `attention`
@@ -93,7 +93,9 @@ class Config(RunConfig):
     where: tuple[str, ...] = ()  # only recordings with these values, as in: task=RestingState montage=tuh21
     window_s: float | None = None  # length of a window, s; none: 2 for the challenge, 16 for seizures, else 4
     stride_s: float | None = None  # from one window's start to the next, s; none: half a window
-    max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
+    max_channels: int | None = (
+        None  # channels of a window, drawn anew each time, for speed; 0: all; none: all for challenge1, else 24
+    )
     align: Align = (
         "auto"  # channels uncorrelated on average over a subject, recording or window; auto: as --init, else none
     )
@@ -217,6 +219,11 @@ def lengths(cfg: Config) -> tuple[float, float]:
     return window_s, cfg.stride_s or window_s / 2
 
 
+def channels_of(cfg: Config) -> int:
+    """Channels of a window, 0: all. Where on the head a response is matters: with 24 of 128 its time is found half as well."""
+    return cfg.max_channels if cfg.max_channels is not None else 0 if "challenge1" in cfg.target else 24
+
+
 def check(cfg: Config) -> None:
     """Raises Unusable for flags that make no sense, alone or together."""
     command.check_signs(
@@ -257,7 +264,7 @@ def readout_of(cfg: Config, examples: Examples) -> Kind:
     if examples.coverage:
         return "attention"
     if cfg.mode != "probe" and any(t.source == "event" for t in examples.targets):
-        return "contextual"
+        return "latency" if any(t.timed for t in examples.targets) and site_names(examples) else "contextual"
     return "sites" if len(site_names(examples)) > 1 else "mean"
 
 
@@ -278,6 +285,8 @@ def plan_reading(cfg: Config, examples: Examples, patch: int) -> Reading:
     stretches = patch / (cfg.stretch_s * examples.cache.rate_hz) if examples.coverage else 0
     if stretches % 1:
         raise Unusable(f"--stretch-s {cfg.stretch_s:g} doesn't divide a patch of {patch / examples.cache.rate_hz:g} s")
+    if cfg.readout == "latency" and not any(t.timed for t in examples.targets):
+        raise Unusable("--readout latency needs a target that is a time after an event: challenge1")
     sites = site_names(examples) or TEN_TWENTY
     return Reading(readout_of(cfg, examples), examples.samples // patch, cfg.filters, int(stretches), sites)
 
@@ -322,6 +331,7 @@ def fit_heads(inference: Inference, train: Examples, most: int, transfer: Transf
     where they lay, and leaves in `offsets` how far each subject's were from there.
     """
     ids, decoder = train.even(most), inference.decoder
+    held = fit_latency(inference, train, ids) if decoder.readout.latency else {}
     z_BX, y_BK = (t.double().numpy() for t in inference.features(train, ids))
     row_B, _ = train.locate(ids)
     domain, subject_B = Domain.of(z_BX), classical.subjects(train.cache, row_B)
@@ -332,12 +342,29 @@ def fit_heads(inference: Inference, train: Examples, most: int, transfer: Transf
         y_B = y_BK[known_B, k].astype(int) if target.classes else y_BK[known_B, k]
         if not len(y_B) or target.classes and len(set(y_B)) < 2:  # nothing to tell apart among these
             continue
-        linear = classical.fit_linear(z_BX[known_B], y_B, subject_B[known_B], len(target.classes))
+        slope, level, seen_BX = 0.0, 0.0, z_BX[known_B]
+        if k in held:  # by the latency as far as it goes, what it leaves by the rest
+            slope, level = np.polyfit(held[k], y_B, 1)
+            y_B, seen_BX = y_B - slope * held[k] - level, seen_BX * (np.arange(z_BX.shape[1]) < z_BX.shape[1] - 1)
+        linear = classical.fit_linear(seen_BX, y_B, subject_B[known_B], len(target.classes))
         weight_XO = linear.weight_FK / linear.spread_F[:, None]
         with torch.no_grad():
             head.weight.copy_(torch.from_numpy(weight_XO.T))
-            head.bias.copy_(torch.from_numpy(linear.bias_K - linear.centre_F @ weight_XO))
+            head.weight[:, -1] += slope
+            head.bias.copy_(torch.from_numpy(linear.bias_K - linear.centre_F @ weight_XO) + level)
     return domain
+
+
+def fit_latency(inference: Inference, train: Examples, ids: np.ndarray) -> dict[int, np.ndarray]:
+    """Fit the filter of a `latency` readout to the first target that is a time; returns, by target, what filters of other subjects say."""
+    timed = [k for k, t in enumerate(train.targets) if t.timed]
+    for k in timed[:1]:
+        y_B = train.values(ids)[:, k].astype(np.float64)
+        known_B, target = np.isfinite(y_B), train.targets[k]
+        subject_B = classical.subjects(train.cache, train.locate(ids[known_B])[0])
+        x_BET, time_s_B = inference.steps(train, ids[known_B]), target.decode(y_B[known_B]) - target.after_s
+        return {k: inference.decoder.readout.latency.fit(x_BET, time_s_B, subject_B)}
+    return {}
 
 
 def trial(decoder: Decoder, piece: Piece) -> Callable[[str], None]:
@@ -394,7 +421,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
 
     def draw(step: int, who: np.ndarray, micro: int, move_s: float = 0.0) -> list[Piece]:
-        how = (cfg.max_channels, micro, cfg.seed, step, cfg.stretch_s, move_s)
+        how = (channels_of(cfg), micro, cfg.seed, step, cfg.stretch_s, move_s)
         return read_pieces(train, sampler.ids(step)[who], who, *how)
 
     run = Run(cfg, __file__, ranks)
@@ -419,7 +446,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         state["dtype"] = "float32" if mode == "probe" else choose_dtype(cfg.dtype, trial(decoder, piece), ranks)
     meta = signal_meta(cache) | trained_on(cache, rows["train"]) | {"run": run.name, "lineage": lineage, "mode": mode}
     meta |= {"window_s": window_s, "stride_s": stride_s, "event_s": cfg.event_s, "stretch_s": cfg.stretch_s}
-    meta |= {"max_channels": cfg.max_channels, "seed": cfg.seed, "where": list(cfg.where), "transfer": cfg.transfer}
+    meta |= {"max_channels": channels_of(cfg), "seed": cfg.seed, "where": list(cfg.where), "transfer": cfg.transfer}
     val_at = val_ids(cfg, val) if ranks.first else np.empty(0, np.int64)
     inference = inference_of(cfg, decoder, state["dtype"])
 
@@ -535,7 +562,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
 
 def inference_of(cfg: Config, decoder: Decoder, dtype: str) -> Inference:
     """The model as it is evaluated."""
-    return Inference(decoder, dtype, cfg.max_channels, cfg.micro, cfg.seed, cfg.stretch_s)
+    return Inference(decoder, dtype, channels_of(cfg), cfg.micro, cfg.seed, cfg.stretch_s)
 
 
 def finish(

@@ -87,7 +87,11 @@ def compile_to(target: Path, kind: str, gxx: str, extra: tuple[str, ...] = ()) -
         import torch
 
         root = Path(torch.__file__).resolve().parent
-        command += [*threading_flags(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-isystem{root / 'include'}"]
+        command += [
+            *threading_flags(),
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+            f"-isystem{root / 'include'}",
+        ]
         command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -3,6 +3,7 @@ What one would use without deep learning, to stand beside every model: features 
 
     band_power             log power of the classical bands per site
     waveform               the signal of each site at about 10 Hz: what a matched filter of evoked potentials needs
+    latency                when in the window the filter of lib/latency.py responds most, for targets that are times
     lagged_correlations    correlations of pairs of sites at several lags (ridge on them won challenge 2 in 2025)
     tangent_space          logarithm of the covariance relative to the training windows' mean (Barachant 2012, by pyriemann)
     canonical_correlation  with sines of the frequencies that classes are named after (Lin 2006); no training
@@ -26,6 +27,7 @@ import torch
 
 from lib.cache import Cache
 from lib.channels import POSITIONS, TEN_TWENTY
+from lib.latency import Latency
 from lib.probe import band_power
 from lib.targets import Examples, Target
 
@@ -198,7 +200,7 @@ def fit_linear(x_BF: np.ndarray, y_B: np.ndarray, subject_B: np.ndarray, classes
         weight_FK, bias_K = _all_classes(_logistic(z_BF, y_B, folds), classes)
     else:
         model = (RidgeCV(RIDGES, cv=folds) if folds else Ridge(RIDGES[len(RIDGES) // 2])).fit(z_BF, y_B)
-        weight_FK, bias_K = model.coef_[:, None], np.array([model.intercept_])
+        weight_FK, bias_K = model.coef_.reshape(-1, 1).copy(), np.array([model.intercept_])
     if basis_FR is not None:
         weight_FK = basis_FR @ weight_FK
     return Linear(centre_F, spread_F, weight_FK, bias_K)
@@ -260,6 +262,7 @@ class Baseline:
     hz_K: list[float] | None = None
     recentred: bool = False
     unit: str = "model"  # of the windows: model, or own for that of the cache
+    latency: Latency | None = None  # which says the one feature
 
     @property
     def title(self) -> str:
@@ -268,6 +271,9 @@ class Baseline:
 
     def measure(self, x_BET: np.ndarray, rate_hz: float) -> np.ndarray:
         """Of each window by itself: features (B, F), or covariances (B, E, E)."""
+        if self.latency:
+            with torch.no_grad():
+                return self.latency(torch.from_numpy(x_BET))[:, None].double().numpy()
         return covariances(x_BET) if self.mean_EE is not None else FEATURES[self.name][0](x_BET, rate_hz)
 
     def features(self, measured_B: np.ndarray, subject_B: np.ndarray) -> np.ndarray:
@@ -372,6 +378,11 @@ def fit_baselines(
         baseline.linear = fit_linear(
             features_BF, y_B.astype(int) if target.classes else y_B, subject_B, len(target.classes)
         )
+    if target.timed:
+        latency = Latency(len(sites.names), cache.rate_hz)
+        time_s_B = target.decode(y_B) - target.after_s
+        said_B = latency.fit(latency.steps(torch.from_numpy(x_BET)).numpy(), time_s_B, subject_B)
+        made.append(Baseline("latency", sites, fit_linear(said_B[:, None], y_B, subject_B, 0), latency=latency))
     hz_K = frequencies(target.classes)
     return [*made, *([Baseline("canonical_correlation", sites, hz_K=hz_K)] if hz_K else [])]
 
@@ -390,13 +401,15 @@ def pack(baselines: list[list[Baseline]]) -> tuple[list[dict], dict[str, torch.T
                     "hz": b.hz_K,
                     "recentred": b.recentred,
                     "unit": b.unit,
+                    "rate_hz": b.latency.rate_hz if b.latency else None,
                 }
             )
             arrays = {} if b.linear is None else vars(b.linear)
             arrays = arrays | ({} if b.mean_EE is None else {"mean_EE": b.mean_EE})
+            kept = b.latency.state_dict() if b.latency else {}
             tensors |= {
                 f"baseline.{k}.{b.title}.{n}": torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()
-            }
+            } | {f"baseline.{k}.{b.title}.filter.{n}": t for n, t in kept.items()}
     return described, tensors
 
 
@@ -408,11 +421,14 @@ def unpack(described: list[dict], tensors: dict[str, torch.Tensor], targets: int
         unit = d.get("unit", "own" if d["name"] == "amplitude" else "model")
         start = f"baseline.{d['target']}.{title(d['name'], recentred)}."
         arrays = {n.removeprefix(start): t.numpy() for n, t in tensors.items() if n.startswith(start)}
-        sites = Sites(tuple(d["sites"]), d["interpolated"])
+        sites, latency = Sites(tuple(d["sites"]), d["interpolated"]), None
+        if d["name"] == "latency":
+            latency = Latency(len(sites.names), d["rate_hz"])
+            kept = {n: torch.from_numpy(arrays.pop(f"filter.{n}")) for n in latency.state_dict()}
+            latency.load_state_dict(kept)
         mean_EE = arrays.pop("mean_EE", None)
-        baselines[d["target"]].append(
-            Baseline(d["name"], sites, Linear(**arrays) if arrays else None, mean_EE, d["hz"], recentred, unit)
-        )
+        linear = Linear(**arrays) if arrays else None
+        baselines[d["target"]].append(Baseline(d["name"], sites, linear, mean_EE, d["hz"], recentred, unit, latency))
     return baselines
 
 

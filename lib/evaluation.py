@@ -97,7 +97,7 @@ def compare(
     """
     What the model, the constant and the baselines say of recordings `rows`: per target and way Units, or timelines and found seizures.
 
-    `hybrid` is the mean of what model and tangent space say, of log-probabilities where there are classes. Also what the model says of each
+    `hybrid` is the mean of what model and tangent space (of times: latency) say, of log-probabilities where there are classes. Also what the model says of each
     example, unless the target is seizures. Raises Unusable if a target has no known value.
     """
     if examples.coverage:
@@ -121,7 +121,15 @@ def compare(
             told_BC = np.full((len(said.row_B), max(1, len(target.classes))), np.nan)
             told_BC[known_B] = baseline.say(cache, target, row_B, start_B, examples.samples)
             ways[target.name][baseline.title] = judgement.units(target, k, told_BC, said.y_BK, said.row_B, cache)
-            if baseline.name == "tangent_space" and baseline.recentred == (transfer == "recentre"):
+            if (
+                target.timed
+                and baseline.name == "latency"
+                or (
+                    not target.timed
+                    and baseline.name == "tangent_space"
+                    and baseline.recentred == (transfer == "recentre")
+                )
+            ):
                 both_BC = hybrid(said.said[k], told_BC, bool(target.classes))
                 ways[target.name]["hybrid"] = judgement.units(target, k, both_BC, said.y_BK, said.row_B, cache)
     return ways, said

@@ -57,6 +57,15 @@ class Inference:
         return torch.cat(z), torch.cat(y)
 
     @torch.no_grad()
+    def steps(self, examples: Examples, ids: np.ndarray) -> np.ndarray:
+        """What the filter of a `latency` readout sees of examples, in their order (B, E, T), float64."""
+        found, readout = [], self.decoder.readout
+        for pieces in self.pieces(examples, ids):
+            x_BET = torch.cat([readout.latency.steps(readout.at_sites(p.to(self.device).part)) for p in pieces])
+            found.append(x_BET.double().cpu().numpy()[np.argsort(np.concatenate([p.part.index_B for p in pieces]))])
+        return np.concatenate(found)
+
+    @torch.no_grad()
     def predict(
         self, examples: Examples, ids: np.ndarray, transfer: Transfer = "none", source: Domain | None = None
     ) -> Said:

@@ -7,8 +7,9 @@ From an encoder's tokens to what is to be predicted: readouts, heads, and both w
     prelocal     spatial filters on the samples, then the local encoder (patch embedding) of the filtered signals, no context
     postlocal    the local encoder of each electrode, then spatial filters, no context
     contextual   the whole encoder, then spatial filters
+    latency      these, and when in the window that took place which the signal is locked to (lib/latency.py)
 
-The last three are the downstream designs of S-JEPA (Guetschel 2024, figure 2), for any montage: what a filter gives an electrode is a
+The three before the last are the downstream designs of S-JEPA (Guetschel 2024, figure 2), for any montage: what a filter gives an electrode is a
 function of the electrode's place, as the encoder codes it. They keep the order of patches, the others leave it to the tokens. With
 an output per stretch (seizures) a readout sees each patch by itself.
 
@@ -29,12 +30,13 @@ from lib.batches import Part
 from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
 from lib.grid import to_patches
+from lib.latency import Latency
 from lib.models import Architecture, build_encoder
 from lib.targets import Target
 from lib.tensors import load_tensors, save_tensors
 
 FORMAT, VERSION = "berger-model", 1
-Kind = Literal["mean", "sites", "attention", "prelocal", "postlocal", "contextual"]
+Kind = Literal["mean", "sites", "attention", "prelocal", "postlocal", "contextual", "latency"]
 LOCAL = ("prelocal", "postlocal")  # that leave out the encoder's blocks
 
 
@@ -96,13 +98,16 @@ class Readout(nn.Module):
         self.reading, self.patch = reading, architecture.patch
         d, filters, patches = architecture.d_model, reading.filters, 1 if reading.stretches else reading.patches
         widths = {"mean": d, "sites": len(reading.sites) * d, "attention": filters * d}
-        self.width = widths.get(reading.kind, filters * patches * d)
+        self.width = widths.get(reading.kind, filters * patches * d) + (reading.kind == "latency")
+        self.latency = Latency(len(reading.sites), architecture.rate_hz) if reading.kind == "latency" else None
         if reading.kind == "attention":
             self.score = nn.Linear(d, filters)
         elif reading.kind == "sites":
             self.sites = Sites(reading.sites)
         elif reading.kind != "mean":
             self.filters = SpatialFilters(d, filters)
+        if reading.kind == "latency":
+            self.sites = Sites(reading.sites)
         if reading.kind in LOCAL:
             self.norm = nn.LayerNorm(d)
 
@@ -121,12 +126,24 @@ class Readout(nn.Module):
             z_BFPD = encoder.embed(to_patches(w_BFC @ x_BCT, self.patch)).unflatten(1, (w_BFC.shape[1], -1))
             z_BFPD = F.gelu(self.norm(z_BFPD))
         else:
-            z_BND = encoder(*part.signal) if kind == "contextual" else encoder.embed(to_patches(x_BCT, self.patch))
-            z_BND = z_BND if kind == "contextual" else F.gelu(self.norm(z_BND))
+            local = kind == "postlocal"
+            z_BND = encoder.embed(to_patches(x_BCT, self.patch)) if local else encoder(*part.signal)
+            z_BND = F.gelu(self.norm(z_BND)) if local else z_BND
             z_BCPD = z_BND.unflatten(1, (x_BCT.shape[1], -1)).float()
             z_BFPD = torch.einsum("bfc,bcpd->bfpd", w_BFC, z_BCPD)
         z_BPX = z_BFPD.float().transpose(1, 2).flatten(2)
-        return z_BPX if self.reading.stretches else z_BPX.flatten(1)
+        if self.reading.stretches:
+            return z_BPX
+        return (
+            torch.cat([z_BPX.flatten(1), self.latency(self.at_sites(part))[:, None]], 1)
+            if self.latency
+            else z_BPX.flatten(1)
+        )
+
+    def at_sites(self, part: Part) -> torch.Tensor:
+        """The signal at the sites (B, E, T)."""
+        x_BCT, positions_BC3, mask_BC = part.signal
+        return self.sites(positions_BC3, mask_BC) @ x_BCT.float()
 
     def _pool(self, z_BCPD: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
         """Means over electrodes and, unless there are stretches, over patches."""

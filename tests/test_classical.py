@@ -88,6 +88,7 @@ def test_baselines_find_what_is_there_and_survive_a_file(cache):
     train, val = (Examples(cache, targets, rows[s], 2.0, 1.0) for s in ("train", "val"))
     made = [classical.fit_baselines(cache, train, k, 500) for k in range(2)]
     assert {b.name for b in made[0]} >= {"band_power", "amplitude", "lagged_correlations", "tangent_space"}
+    assert {b.name for b in made[1]} >= {"waveform", "latency"} and "latency" not in {b.name for b in made[0]}
     ids = val.even(0, 0)
     row_B, start_B = val.locate(ids)
     power = next(b for b in made[0] if b.name == "band_power")

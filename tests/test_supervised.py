@@ -26,7 +26,7 @@ from tests.recipes import flags, log
 from train_supervised import PRESETS, Config, main
 
 TINY = dict(d_model=32, layers=2, heads=2, patch_s=0.5, batch=12, steps=24, log_every=1, save_every=5, eval_every=8)
-TINY |= dict(dtype="float32", resamples=20, baseline_windows=200, lr=2e-3, occlusion_windows=0)
+TINY |= dict(filters=6, dtype="float32", resamples=20, baseline_windows=200, lr=2e-3, occlusion_windows=0)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,10 @@ def test_a_run_leaves_what_it_promises(straight, cache):
     assert meta["window_s"] == 2 and meta["cache"] == Cache(cache).fingerprint and len(meta["subjects"]) == 6
     rows = json.loads((straight / "scores.json").read_text())
     models = {(row["target"], row["model"]) for row in rows}
-    assert {("challenge1", m) for m in ("model", "constant", "band_power", "waveform", "tangent_space")} <= models
+    assert {
+        ("challenge1", m) for m in ("model", "constant", "band_power", "waveform", "latency", "tangent_space")
+    } <= models
+    assert decoder.reading.kind == "latency" and decoder.readout.latency.log_sharpness.item() != 0
     assert all(row["low"] <= row["high"] for row in rows if row["low"] is not None)
 
 
@@ -366,6 +369,7 @@ def test_flags_that_make_no_sense_are_refused(cache, tmp_path):
         (dict(target=("age",), where=("task=Sleep",)), "no recording in split train"),
         (dict(waveform=-1.0), "--waveform"),
         (dict(window_s=2.3), "no whole number of patches"),
+        (dict(target=("age",), readout="latency"), "a target that is a time"),
         (dict(target=("challenge1", "age"), task_weights=("sex=1",)), "no such target"),
         (dict(target=("challenge1", "age"), task_weights=("age=much",)), "expected TARGET=NUMBER"),
         (dict(target=("seizure",), transfer="coral"), "not of the stretches"),
