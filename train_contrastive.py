@@ -54,13 +54,13 @@ from lib.masks import draw_masks
 from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
 from lib.models import save_encoder, signal_meta, start_encoder
 from lib.optim import ema_momentum, ema_update, layer_groups, warmup_cosine
-from lib.pairs import PairSampler, parse_shares
+from lib.pairs import PairSampler, labels_of, parse_shares
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, encode_by
 from lib.ranks import Ranks, join
-from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.tensors import load_tensors, save_tensors
 from lib.views import Strength, draws, make_view
 
@@ -333,12 +333,15 @@ def main(cfg: Config) -> dict | None:
     check(cfg, cache.windows("train", cfg.window_s, cfg.stride_s).samples, patch, ranks)
     check_leak(lineage, [cache.recordings[i].subject for i in held], (), cfg.allow_leak)
     told = () if cfg.allow_leak else auxiliary_targets(lineage)  # not to be probed
+    paired = () if cfg.allow_leak else labels_of(parse_shares(cfg.pairs))  # on val alone
     sampler, share = pair_sampler(cfg, cache, train), ranks.share(cfg.batch)
     anchors = sum(int(np.diff(found.ranges).sum()) for found in sampler.partners.values())
     steps = cfg.steps or steps_of(cfg.epochs, anchors, cfg.batch)
     warmup, probe_every = max(1, round(cfg.warmup * steps)), steps_of(cfg.probe_epochs, anchors, cfg.batch)
 
     run = Run(cfg, __file__, ranks)
+    if not held:
+        run.say(WITHOUT_VAL)
     try:
         val_sampler = pair_sampler(cfg, cache, held) if held else sampler
     except Unusable as error:
@@ -383,7 +386,7 @@ def main(cfg: Config) -> dict | None:
         every = np.arange(cfg.batch)
         eval_steps = range(EVAL_STEP, EVAL_STEP + -(-cfg.val_pairs // cfg.batch)) if val_sampler else ()
         val = [draw(cache, val_sampler, every, cfg, cfg.micro, patch, s) for s in eval_steps]
-        probe = Probe(cache, cfg.window_s, cfg.stride_s, cfg.probe_windows, cfg.max_channels, told)
+        probe = Probe(cache, cfg.window_s, cfg.stride_s, cfg.probe_windows, cfg.max_channels, told, paired)
         films = Films(cache, train, held or train, cfg.window_s, cfg.film_step_s, cfg.film_subjects, cfg.max_channels)
         if not films.names:
             run.say("no movie that two held-out subjects saw: no retrieval and no inter-subject correlation")
@@ -477,7 +480,7 @@ def main(cfg: Config) -> dict | None:
             watched = {k: f"{values[k]:.3g}" for k in ("val_loss", "embedding_retrieval_top1") if k in values}
             bar.set_postfix(loss=f"{means[0]:.4f}", **watched)
         on_time = last or due(done, cfg.save_every)
-        if on_time or stop and not state["streak"]:
+        if last or (on_time or stop) and not state["streak"]:
             run.save(state, modules, optimizer, on_time)
         if stop and not last:
             go_on = f"python {Path(__file__).name} --name {run.directory} --resume"

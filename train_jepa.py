@@ -45,7 +45,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, encode_by, stimuli
 from lib.ranks import Ranks, join
-from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.traits import AuxiliaryHeads, Trait, known_labels, read_traits, save_heads, trait_values
 from lib.windows import Windows
@@ -302,6 +302,10 @@ def main(cfg: Config) -> dict | None:
     check(cfg, train.samples, patch)
     held_out = "val" if any(r.split == "val" for r in cache.recordings) else "train"
     val = cache.windows(held_out, cfg.window_s, cfg.stride_s)
+    if min(cfg.val_windows, len(val)) < 2:
+        raise Unusable(
+            f"--val-windows {cfg.val_windows}, of {len(val)} there are: whether features tell windows apart takes two"
+        )
     rows = [i for i, r in enumerate(cache.recordings) if r.split == "train"]
     traits = read_traits(cache, cfg.aux, rows)
     trait_RK = trait_values(cache, traits)
@@ -313,6 +317,8 @@ def main(cfg: Config) -> dict | None:
     period, probe_every = (steps_of(epochs, len(train), cfg.batch) for epochs in (RESTART_EPOCHS, cfg.probe_epochs))
 
     run = Run(cfg, __file__, ranks)
+    if held_out == "train":
+        run.say(WITHOUT_VAL)
     if not cfg.init:
         parts = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, patch, 0)
         encoder.calibrate(parts)
@@ -427,7 +433,7 @@ def main(cfg: Config) -> dict | None:
         on_time = last or due(done, cfg.save_every)
         if last or (on_time or stop) and not state["streak"]:
             run.save(state, modules, optimizer, on_time)
-        if cfg.collapse == "stop" and due(done, cfg.eval_every) and ranks.agree(alarm):
+        if cfg.collapse == "stop" and (last or due(done, cfg.eval_every)) and ranks.agree(alarm):
             raise Failed(f"features collapsed at step {done}, see alarm in {run.directory}/log.jsonl")
         if stop and not last:
             go_on = f"python {Path(__file__).name} --name {run.directory} --resume"

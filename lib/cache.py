@@ -51,6 +51,9 @@ class Recording:
         return self.folder / self.file
 
 
+ALIKE = "rate_hz scale kind envelope_hz band_hz notch_hz reference causal".split()  # of signals that are read together
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened in a recording; onset and duration in seconds of the stored signal (gaps removed)."""
@@ -116,8 +119,8 @@ class Cache:
     def _check_alike(self) -> None:
         first = self.manifests[0]
         for path, manifest in zip(self.paths[1:], self.manifests[1:], strict=False):
-            for name in ("rate_hz", "scale", "kind", "envelope_hz"):
-                ours, theirs = first["signal"].get(name), manifest["signal"].get(name)
+            for name in (*ALIKE, "unit"):
+                ours, theirs = (m.get(name, m["signal"].get(name)) for m in (first, manifest))
                 if ours != theirs:
                     raise Unusable(
                         f"{path} has {name} {theirs}, {self.paths[0]} has {ours}: they can't be read together; rebuild one of them"

@@ -14,7 +14,9 @@ FLOOR = 0.3  # share of the untrained encoder's rank and deviation; runs that le
 
 
 def effective_rank(z_BD: torch.Tensor) -> float:
-    """RankMe (Garrido 2023): exp of the entropy of the singular values of the centred features; between 1 and min(B - 1, D)."""
+    """RankMe (Garrido 2023): exp of the entropy of the singular values of the centred features; 1 to min(B - 1, D), NaN if not all are finite."""
+    if not z_BD.isfinite().all():
+        return float("nan")
     s = torch.linalg.svdvals((z_BD - z_BD.mean(0)).double())
     p = s / s.sum().clamp_min(1e-12)
     return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))

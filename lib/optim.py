@@ -11,7 +11,13 @@ from torch import nn
 
 UNDECAYED = ("place.", "norm")  # modules that weight decay must not pull to zero: position codes, normalisations
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")  # the number of an encoder's block in the name of a parameter
-BEFORE = {"embed", "place", "query_place", "gather"}  # modules of encoders and adapters that come before the blocks
+BEFORE = {
+    "embed",
+    "relate",
+    "place",
+    "query_place",
+    "gather",
+}  # modules of encoders and adapters that come before the blocks
 
 
 def decay_groups(modules: nn.Module, weight_decay: float) -> list[dict]:

@@ -43,6 +43,12 @@ class Pairs:
     excluded_VV: np.ndarray  # bool: neither positive nor negative
 
 
+def labels_of(shares: dict[str, float]) -> tuple[str, ...]:
+    """The probe's labels (lib/probe.py) that pairs of these kinds are chosen by."""
+    told = {"movie": ("task", "event"), "resting": ("task", "event"), "event": ("event",), "task": ("task",)}
+    return tuple({label for kind in shares for label in told.get(kind, ())})
+
+
 def parse_shares(words: tuple[str, ...]) -> dict[str, float]:
     """`movie:0.6 resting:0.2` as shares by kind. Raises Unusable."""
     shares = {}

@@ -64,7 +64,8 @@ class Probe:
     A fixed set of windows and labels of a cache, on which any encoder is scored.
 
     At most `windows` of them, spread evenly over recordings and time, with at most `max_channels` (0: all) of their channels. Labels in
-    `leave_out` are not scored: an encoder that was trained on them has no business there. `protocol` says of each label what was done.
+    `leave_out` are not scored: an encoder that was trained on them has no business there. Those in `paired` chose the training pairs, and
+    are scored on val alone: cross-validation over training subjects would find what these labels put there. `protocol` says what was done.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Probe:
         windows: int = 1500,
         max_channels: int = 0,
         leave_out: Sequence[str] = (),
+        paired: Sequence[str] = (),
     ):
         self.cache, self.max_channels = cache, max_channels
         rows = [i for i, r in enumerate(cache.recordings) if r.split in ("train", "val")]
@@ -98,7 +100,12 @@ class Probe:
         self.labels = [label for label in labels if label.name not in leave_out]
         left_out = sorted({label.name for label in labels} & {*leave_out})
         self.plan = {label.name: self._plan(label) for label in self.labels}
+        seen = [label.name for label in self.labels if label.name in paired and not self.plan[label.name][0]]
+        self.labels = [label for label in self.labels if label.name not in seen]
         self.protocol = {name: words for name, (_, words) in self.plan.items()}
+        self.protocol |= {
+            name: "left out: training pairs were chosen by it, and val is too small to score it" for name in seen
+        }
         self.protocol |= {name: "left out: it was an auxiliary target" for name in left_out}
 
     def _column_labels(self) -> list[Label]:
@@ -173,6 +180,8 @@ class Probe:
 
     def _scores(self, x_BF: np.ndarray) -> dict[str, float]:
         scores = {}
+        if not np.isfinite(x_BF).all():  # diverged: there is nothing to fit, and the run itself goes back
+            return scores
         for label, values in self._fit(x_BF, self.labels):
             scores |= dict(zip((f"probe_{label.name}", f"probe_{label.name}_auroc"), values, strict=False))
         varying = [label for label in self.labels if varies_within(label, self.subject)]

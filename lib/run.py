@@ -42,6 +42,7 @@ from lib.tracker import Tracker, check_tracker
 Dtype = Literal["auto", "float32", "bfloat16"]
 # keys of log.jsonl that depend on the clock and the machine; all others are the same however often a run was resumed
 MEASURED = ("seconds", "windows_per_s", "tokens_per_s", "loader_wait", "matmul_share", "memory_mb")
+WITHOUT_VAL = "there is no val split: val_loss, best/ and what is watched are of training windows"
 
 
 @dataclass(frozen=True)

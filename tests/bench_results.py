@@ -169,7 +169,7 @@ def build(cfg: Config, name: str, held_out: set[str] = frozenset(), others: set[
             k: sorted(s.partition("/")[2] for s in subjects if s.startswith(f"{corpus}/"))
             for k, subjects in split.items()
         }
-        if own["test"]:
+        if any(own.values()):  # else the hash of names would put people aside that are in no fold
             text += "\n[split]\n" + "".join(f"{k} = {json.dumps(names)}\n" for k, names in own.items())
         (rules / f"{corpus}.toml").write_text(text)
     words = ["--source", *(cfg.data / c for c in cfg.corpora), "--dataset", *(rules / f"{c}.toml" for c in cfg.corpora)]
@@ -191,6 +191,11 @@ def code() -> str:
     """What identifies the code that trains."""
     files = [*sorted(ROOT.glob("train_*.py")), *sorted((ROOT / "lib").glob("*.py"))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def content(cache: Path) -> str:
+    """What identifies a cache: its signals, its labels and who is in which split."""
+    return (cache / "manifest.json").read_text()
 
 
 def words_of(flags: str) -> list[str]:
@@ -218,10 +223,9 @@ def align(cfg: Config, cache: Path, seed: int, flags: str, init: Path) -> Path:
 
 
 def trained_by(cfg: Config, script: str, words: list, said: str) -> Path:
-    """encoder.safetensors of a run, kept from an earlier call where nothing has changed."""
-    digest = hashlib.sha256(
-        json.dumps([code(), script, *map(str, words), cfg.corpora, cfg.folds]).encode()
-    ).hexdigest()[:12]
+    """encoder.safetensors of a run on the cache `words[1]`, kept from an earlier call where nothing has changed, who is in it included."""
+    known = [code(), script, *map(str, words), cfg.corpora, cfg.folds, content(words[1])]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     run = cfg.folder / "runs" / digest
     if not (run / "encoder.safetensors").exists():
         print(said, file=sys.stderr)

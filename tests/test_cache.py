@@ -185,3 +185,11 @@ def test_another_version_is_refused(mixed, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "version": 99}))
     with pytest.raises(Unusable, match="version 99, expected berger-cache 1; rebuild: python build_cache.py --source"):
         Cache(tmp_path / "cache")
+
+
+def test_signals_that_were_made_differently_are_not_read_together(mixed, tmp_path):
+    for name, words in (("reference", ["--reference", "none"]), ("band_hz", ["--band-hz", 1, 20])):
+        raw = ("--source", mixed.parent / "raw", "--cache", tmp_path / name, "--allow-no-seizures")
+        assert run(*raw, *words)[0] == 0
+        with pytest.raises(Unusable, match=f"has {name}"):
+            Cache(mixed, tmp_path / name)

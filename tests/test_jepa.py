@@ -250,6 +250,7 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
         (dict(aux=("shoe_size",)), "--aux shoe_size"),
         (dict(batch=1, vicreg=1.0), "--vicreg"),
         (dict(keep=-1), "--keep"),
+        (dict(val_windows=1), "--val-windows"),
     ],
 )
 def test_what_is_unusable_is_named_and_leaves_no_run_behind(changes, word, cache, tmp_path):
@@ -273,6 +274,8 @@ def test_a_run_that_collapses_says_so_loudly_and_stops_if_asked(cache, straight,
     with pytest.raises(Failed, match=f"collapsed at step {alarms[0]}"):
         main(config(cache, tmp_path / "stopped", collapse="stop", **changes))
     assert log(tmp_path / "stopped")[-1]["step"] == alarms[0]
+    with pytest.raises(Failed, match="collapsed at step 24"):  # watched once, at the end
+        main(config(cache, tmp_path / "late", collapse="stop", **changes | dict(eval_every=0)))
     results = main(config(cache, tmp_path / "mended", sigreg=0.05, **changes))
     assert "alarm" not in results["metrics"] and results["metrics"]["feature_std"] > 0.5
 

@@ -20,6 +20,12 @@ def test_effective_rank_of_features_in_a_subspace(rank):
     assert effective_rank(z_BR @ basis_DD[:rank] + 5) == pytest.approx(rank, rel=0.02)
 
 
+def test_features_of_a_diverged_encoder_are_an_alarm_and_no_error():
+    z_BD = torch.full((8, 4), torch.inf)
+    values = {"feature_rank": effective_rank(z_BD), "feature_std": feature_std(z_BD)}
+    assert collapsed(values, HEALTHY) == "features are not finite"
+
+
 def test_feature_std_is_one_minus_the_cosine_between_windows():
     g = torch.Generator().manual_seed(0)
     for spread in (0.01, 0.1, 1.0):

@@ -50,7 +50,7 @@ KINDS = ["transformer", "mamba", "fno", "hybrid"]
 
 
 def encoder_of(kind: str, adapter: str = "none", layers: int = 3) -> nn.Module:
-    return build_encoder(Architecture(kind, 16, layers, 2, 100.0, 50, adapter, 8))
+    return build_encoder(Architecture(kind, 16, layers, 2, 100.0, 50, adapter, 8, relations=True))
 
 
 def same(groups: list[dict], modules: list[nn.Module]) -> None:
@@ -73,7 +73,7 @@ def test_layers_learn_slower_the_nearer_they_are_to_the_signal(kind, adapter):
     for name, scale in by_name.items():
         if name.startswith("blocks."):
             assert scale == 0.5 ** (3 - int(name.split(".")[1])), name
-        if name.startswith(("gather.", "query_place.")):
+        if name.startswith(("gather.", "query_place.", "relate.")):
             assert scale == 0.5**4, name
         if name.startswith("read."):
             assert scale == 1, name

@@ -77,6 +77,23 @@ def test_auxiliary_targets_are_left_out_and_that_is_said(cache):
     assert probe.protocol["age"] == "left out: it was an auxiliary target" and "handedness" not in probe.protocol
 
 
+def test_labels_that_chose_training_pairs_are_scored_on_val_alone(cache, monkeypatch):
+    probe = Probe(cache, 1.0, 0.5, 200, paired=["condition"])
+    assert probe.protocol["condition"].startswith("fitted on") and "probe_condition" in probe.score(spectra)
+    monkeypatch.setattr(module, "FEWEST_SUBJECTS", 9)
+    crossed = Probe(cache, 1.0, 0.5, 200, paired=["condition"])
+    assert crossed.protocol["condition"].startswith("left out: training pairs") and "probe_sex" in crossed.score(
+        spectra
+    )
+    assert not any(name.startswith("probe_condition") for name in crossed.score(spectra))
+
+
+def test_features_that_are_not_finite_have_no_score(cache):
+    probe = Probe(cache, 1.0, 0.5, 200)
+    said = probe.score(lambda batch: spectra(batch) * torch.nan)
+    assert "probe_sex" not in said and "probe_sex_bandpower" in said
+
+
 def test_channels_are_thinned_alike(cache):
     seen = []
 
