@@ -152,6 +152,10 @@ class Config(RunConfig):
     allow_leak: bool = False  # evaluate people and labels that an --init was trained on
 
 
+MADE_WITH = (
+    "target init mode readout window_s stride_s event_s after_s stretch_s".split()
+)  # flags that a model's file answers
+
 PRESETS = {
     "mini": {},
     "base": dict(queries=128, d_model=512, layers=12, heads=8, batch=128, max_channels=0, steps=None, lr=2e-4, val_windows=4096,
@@ -229,10 +233,19 @@ def check(cfg: Config) -> None:
     command.check_signs(
         cfg,
         positive="batch filters lr clip log_every val_windows steps epochs window_s stride_s stretch_s keep episodes",
-        not_negative="micro max_channels eval_every save_every weight_decay seed move_s shots baseline_windows resamples waveform",
+        not_negative="micro max_channels eval_every save_every weight_decay seed move_s shots baseline_windows resamples waveform occlusion_windows",
     )
     if not (0 <= cfg.warmup <= 1 and 0 <= cfg.head_warmup <= 1 and 0 <= cfg.unfreeze <= 1 and 0 < cfg.lr_decay <= 1):
         raise Unusable("--warmup, --head-warmup and --unfreeze must lie in 0 to 1, and --lr-decay above 0 and up to 1")
+    if cfg.evaluate and (given := [n for n in MADE_WITH if getattr(cfg, n) != getattr(Config, n)]):
+        flag = f"--{given[0].replace('_', '-')}"
+        raise Unusable(
+            f"{flag} says what a model is made with, and --evaluate takes one that is made: leave {flag} out"
+        )
+    if cfg.shots and (cfg.transfer != "none" or cfg.readout not in ("auto", "mean")):
+        raise Unusable("--shots compares the mean of all tokens as it is: leave --transfer and --readout out")
+    if cfg.lineage and (cfg.init or cfg.mode != "auto"):
+        raise Unusable("--lineage makes its own encoders: leave --init and --mode out")
     least = 2 if cfg.mode == "probe" else 3
     if cfg.folds and cfg.folds < least:
         raise Unusable(
@@ -401,8 +414,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     train, val, score = (
         Examples(cache, targets, rows[k], window_s, stride_s, cfg.event_s) for k in ("train", "val", "score")
     )
-    if cfg.class_weights:
-        targets = train.targets = val.targets = score.targets = balanced(targets, train)
+    targets = train.targets = val.targets = score.targets = balanced(targets, train, cfg.class_weights)
     reading = plan_reading(cfg, train, patch)
     held_out = {cache.recordings[i].subject for k in ("val", "score") for i in rows[k]}
     held_out |= {r.subject for r in cache.recordings if r.split == "test"}
@@ -417,6 +429,8 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         wanted = {name: float(w) for name, _, w in (word.partition("=") for word in cfg.task_weights)}
     except ValueError:
         raise Unusable(f"--task-weights {' '.join(cfg.task_weights)}: expected TARGET=NUMBER, as in age=0.3") from None
+    if odd := [name for name, w in wanted.items() if not 0 < w < math.inf]:
+        raise Unusable(f"--task-weights {odd[0]}={wanted[odd[0]]:g}: expected a number above 0")
     if unknown := sorted(set(wanted) - {t.name for t in targets}):
         raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
 
@@ -622,7 +636,7 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
     """Score a model on the test split, with the target, windows and thresholds it was made with. Raises Unusable."""
     decoder, meta, tensors = load_model(cfg.evaluate, cache)
     cfg = as_trained(cfg, decoder, meta)
-    check(cfg)  # again, now that the target is known
+    check(replace(cfg, evaluate=None))  # again, now that the target is known
     rows = choose_rows(cfg, cache, "test")
     subjects = [cache.recordings[i].subject for i in rows]
     check_leak(inherited(meta, cfg.evaluate), subjects, labels_of(decoder.targets), cfg.allow_leak)
@@ -666,12 +680,17 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
         raise Unusable("--folds runs in one process: leave torchrun out")
     rows = choose_rows(cfg, cache, None)
     plan = fold_rows(cache, rows, cfg.folds, chosen=cfg.mode != "probe")
+    check_folds(cfg, cache, rows, plan)
     run, pooled, done = Run(cfg, __file__, ranks), {}, []
     for fold, of in enumerate(plan):
         name = run.directory / f"fold-{fold}"
         begun = (name / "config.json").exists()
         run.say(f"fold {fold + 1} of {cfg.folds}")
-        last, ways = fit(replace(cfg, folds=0, name=str(name), resume=begun, overwrite=False), ranks, cache, of)
+        try:
+            last, ways = fit(replace(cfg, folds=0, name=str(name), resume=begun, overwrite=False), ranks, cache, of)
+        except KeyboardInterrupt as stopped:  # whose words are of the fold alone
+            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
+            raise KeyboardInterrupt(f"in fold {fold + 1} of {cfg.folds}; go on with: {go_on}") from stopped
         done.append({k: last[k] for k in ("run", "chosen_step", "metrics")})
         decoder, meta, _ = load_model(last["model"])
         targets = decoder.targets
@@ -686,6 +705,21 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     score_report.write(run, asdict(cfg), targets, cache, pooled, table, results, {})
     run.close()
     return results
+
+
+def check_folds(cfg: Config, cache: Cache, rows: list[int], plan: list[dict[str, list[int]]]) -> None:
+    """Raises Unusable if the targets don't mean the same in every fold: their scores are put together."""
+    known = (round(lengths(cfg)[0] * cache.rate_hz), cfg.after_s, cfg.event_s, cfg.score_by)
+    every = read_targets(cache, cfg.target, rows, *known)
+    for fold, of in enumerate(plan):
+        for ours, theirs in zip(every, read_targets(cache, cfg.target, of["train"], *known), strict=True):
+            where = f"--folds {cfg.folds}: without the people of fold {fold + 1} {ours.name}"
+            if missing := sorted({*ours.classes} - {*theirs.classes}) if theirs.classes and ours.classes else []:
+                raise Unusable(f"{where} has no {missing[0]} to learn from: fewer classes, or other folds")
+            if (ours.kind, ours.scored_by) != (theirs.kind, theirs.scored_by):
+                raise Unusable(
+                    f"{where} looks like another kind of target: say {ours.name}:{ours.kind} --score-by {ours.scored_by}"
+                )
 
 
 def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
@@ -745,6 +779,8 @@ def main(cfg: Config) -> dict | None:
     if cfg.evaluate and cfg.align not in ("auto", trained := choose("auto", cfg.evaluate)):
         raise Unusable(f"--align {cfg.align}: {cfg.evaluate} was trained with --align {trained}; leave the flag out")
     cache.align(choose(cfg.align, cfg.evaluate or cfg.init))
+    if cfg.lineage and ranks.world > 1:
+        raise Unusable("--lineage runs in one process: leave torchrun out")
     if cfg.lineage:
         return ablation.run_lineages(cfg, Path(__file__))
     if cfg.shots:

@@ -12,6 +12,7 @@ auxiliary traits of the first.
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from lib.cache import Cache
 from lib.errors import Failed, Unusable
 from lib.labels import TRAITS
+from lib.store import write_atomic
 from lib.targets import parse_word
 
 LINEAGES = {  # whether the first phase runs, with auxiliary traits, and whether the second does
@@ -28,7 +30,7 @@ LINEAGES = {  # whether the first phase runs, with auxiliary traits, and whether
     "supervised_only": (False, False, False),
 }
 SHARED = (
-    "encoder adapter queries d_model layers heads patch_s max_channels seed device dtype".split()
+    "encoder adapter queries relations d_model layers heads patch_s max_channels seed device dtype".split()
 )  # flags of all phases
 NOT_PASSED = {"name", "lineage", "pretrain_steps", "init", "mode", "resume", "overwrite", "preset"}
 
@@ -37,7 +39,7 @@ def words_of(values: dict, defaults: dict) -> list[str]:
     """Flags for what differs from the defaults."""
     words = []
     for name, value in values.items():
-        if value != defaults[name]:
+        if value != defaults.get(name):
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -47,10 +49,18 @@ def words_of(values: dict, defaults: dict) -> list[str]:
 
 
 def call(script: Path, words: list[str], left: Path) -> dict:
-    """Run a phase unless it has left its file already; its results. Raises Failed with the phase's own last line."""
-    results = left.parent / "results.json"
+    """
+    Run a phase unless it has left its file already; its results.
+
+    Raises Failed with the phase's own last line, and Unusable if other flags have been there before.
+    """
+    results, asked = left.parent / "results.json", left.parent.with_name(f"{left.parent.name}.json")
+    if left.parent.exists() and (not asked.exists() or json.loads(asked.read_text()) != words):
+        raise Unusable(f"{left.parent} was made with other flags: another --name, or --overwrite")
     if left.exists() and results.exists():
         return json.loads(results.read_text())
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(asked, json.dumps(words).encode())
     resume = ["--resume"] if (left.parent / "state.safetensors").exists() else ["--overwrite"]
     line = [
         sys.executable,
@@ -85,14 +95,17 @@ def run_lineages(cfg, script: Path) -> dict:
         raise Unusable("--lineage: the cache has no trait for an auxiliary head; take no_auxiliary and supervised_only")
     defaults = vars(type(cfg)())
     shared = words_of({k: getattr(cfg, k) for k in SHARED}, defaults)
-    # phases before need all shared flags as they are, because their own defaults differ
-    shape = [w for k in SHARED for w in (f"--{k.replace('_', '-')}", str(getattr(cfg, k)))]
+    # phases before need all shared flags as they are, because their own defaults differ; what is left open here is left to theirs
+    shape = words_of({k: getattr(cfg, k) for k in SHARED}, {})
     caches = ["--cache", *map(str, cfg.cache)]
     folder = Path(cfg.name) if cfg.name and "/" in cfg.name else Path("runs") / (cfg.name or "lineages")
     own = words_of(
         {k: v for k, v in vars(cfg).items() if k not in NOT_PASSED | {"cache"} and k not in SHARED}, defaults
     )
     pairs = "movie:1" if any(label.startswith("movie:") for label in cache.labels()) else "augment:1"
+    if cfg.overwrite:
+        for name in (*LINEAGES, "jepa", "jepa-traits", "contrastive-traits", "contrastive-plain"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     results: dict = {}
     for name in cfg.lineage:
         first, auxiliary, second = LINEAGES[name]

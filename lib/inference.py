@@ -96,25 +96,26 @@ class Inference:
     def timelines(self, examples: Examples, rows: Sequence[int]) -> list[Timeline]:
         """The probability of a seizure along recordings: windows that overlap by half, and what they say of a stretch averaged."""
         cache, samples, lines = examples.cache, examples.samples, []
-        stretch = round(self.stretch_s * cache.rate_hz)
+        stretch = self.stretch_s * cache.rate_hz  # samples, not always a whole number
         for row in rows:
             r = cache.recordings[row]
-            total = np.zeros((2, -(-r.samples // stretch)))
+            total = np.zeros((2, int(np.ceil(r.samples / stretch - 1e-9))))
             starts = [
                 s
                 for a, b in r.segments
                 if b - a >= samples
                 for s in (*range(a, b - samples + 1, samples // 2), b - samples)
             ]
-            start_B = np.unique(np.array(starts, np.int64) // stretch * stretch)
+            place_B = np.unique(np.floor(np.array(starts) / stretch + 1e-9).astype(np.int64))
+            start_B = np.rint(place_B * stretch).astype(np.int64)
             for first in range(0, len(start_B), CHUNK):
                 index = np.arange(first, min(first + CHUNK, len(start_B)))
                 how = (samples, index, self.max_channels, self.micro, self.seed, EVAL_STEP)
                 for part in read_parts(cache, np.full(len(index), row), start_B[index], *how):
                     with autocast(self.device.type, self.dtype):
                         said_BS = self.decoder.say(self.decoder(part.to(self.device)))[0].cpu().numpy()
-                    for said_S, start in zip(said_BS, start_B[part.index_B] // stretch, strict=True):
-                        total[:, start : start + len(said_S)] += np.stack([said_S, np.ones(len(said_S))])
+                    for said_S, place in zip(said_BS, place_B[part.index_B], strict=True):
+                        total[:, place : place + len(said_S)] += np.stack([said_S, np.ones(len(said_S))])
             probability_T = total[0] / np.maximum(total[1], 1)
             lines.append(Timeline(row, probability_T, annotated(cache, row), r.samples / cache.rate_hz))
         return lines

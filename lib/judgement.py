@@ -4,6 +4,8 @@ What a model said of examples, held against what is true: one table for the mode
 Shape letters: B examples, K targets, N units that are scored (examples, or subjects), R recordings, T stretches of a recording.
 """
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import numpy as np
 from lib import scores, seizures
 from lib.cache import Cache
 from lib.command import json_line
+from lib.errors import Unusable
 from lib.seizures import Counts
 from lib.store import write_atomic
 from lib.targets import Target
@@ -55,7 +58,11 @@ def units(target: Target, k: int, said_BC: np.ndarray, y_BK: np.ndarray, row_B: 
         return Units(y_B, said_BC, subject_B, at_B)
     names, first_N, number_B = np.unique(subject_B, return_index=True, return_inverse=True)
     mean_NC = np.stack([np.bincount(number_B, column) for column in said_BC.T], 1) / np.bincount(number_B)[:, None]
-    return Units(y_B[first_N], mean_NC, names, at_B[first_N])
+    if target.classes:
+        if (y_B != y_B[first_N][number_B]).any():
+            raise Unusable(f"--score-by subject: {target.name} changes within a subject; score it by window")
+        return Units(y_B[first_N], mean_NC, names, at_B[first_N])
+    return Units(np.bincount(number_B, y_B) / np.bincount(number_B), mean_NC, names, at_B[first_N])
 
 
 def score_units(target: Target, u: Units, resamples: int) -> dict[str, tuple[float, float, float]]:
@@ -73,7 +80,7 @@ def constant(target: Target, count: int) -> np.ndarray:
     """What says the same of everything: the training mean, or the training shares of the classes."""
     if not target.classes:
         return np.full((count, 1), target.mean)
-    share = 1 / np.array(target.weights)
+    share = np.array(target.shares) if target.shares else 1 / np.array(target.weights)  # of older files
     return np.tile(share / share.sum(), (count, 1))
 
 
@@ -226,7 +233,9 @@ def write_events(
 
 def predictions_csv(targets: Sequence[Target], said: Said, cache: Cache) -> str:
     """One line per example and target: where it is, what is true, what was said."""
-    lines = ["recording,start_s,target,true,said,probability"]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")  # labels of events may hold commas
+    lines.writerow("recording start_s target true said probability".split())
     for k, target in enumerate(targets):
         for b in np.flatnonzero(np.isfinite(said.y_BK[:, k])).tolist():
             y, told_C = said.y_BK[b, k], said.said[k][b]
@@ -235,5 +244,5 @@ def predictions_csv(targets: Sequence[Target], said: Said, cache: Cache) -> str:
             else:
                 words = f"{target.decode(y):.6g}", f"{told_C[0]:.6g}", ""
             where = cache.recordings[said.row_B[b]].key, f"{said.start_B[b] / cache.rate_hz:.3f}"
-            lines.append(",".join([*where, target.name, *words]))
-    return "\n".join([*lines, ""])
+            lines.writerow([*where, target.name, *words])
+    return text.getvalue()

@@ -47,6 +47,7 @@ class Target(Trait):
     labels: tuple[str, ...] = ()  # the column, or the labels of events
     after_s: float = 0.0  # from an event's onset to its window
     unit: str = ""
+    shares: tuple[float, ...] = ()  # of the classes among the training examples
     scored_by: str = "window"  # or subject: predictions for a subject's windows are averaged
     timed: bool = (
         False  # the value is a time after the event: a window that is moved by so much has one that is so much smaller
@@ -359,15 +360,20 @@ def _spread(ids: np.ndarray, most: int) -> np.ndarray:
     return ids[((np.arange(most) + 0.5) * len(ids) / most).astype(np.int64)]
 
 
-def balanced(targets: Sequence[Target], examples: Examples) -> list[Target]:
-    """The targets with weights by which every class counts alike: 1 on average over the training examples."""
+def balanced(targets: Sequence[Target], examples: Examples, weigh: bool = True) -> list[Target]:
+    """
+    The targets with the shares of their classes among the training examples and, to `weigh`, weights by which every class counts alike,
+    1 on average. Raises Unusable for a class without an example.
+    """
     weighted = []
     for target, count_C in zip(targets, examples.counts(), strict=True):
         if target.classes and target.source != SEIZURE:
             lacking = [c for c, n in zip(target.classes, count_C.tolist(), strict=True) if not n]
             if lacking:
                 raise Unusable(f"--target {target.name}: no training window is long enough for class {lacking[0]}")
-            weights = count_C.sum() / (len(count_C) * count_C)
-            target = replace(target, weights=tuple(weights.tolist()))
+            share_C = count_C / count_C.sum()
+            target = replace(target, shares=tuple(share_C.tolist()))
+            if weigh:
+                target = replace(target, weights=tuple((1 / (len(count_C) * share_C)).tolist()))
         weighted.append(target)
     return weighted

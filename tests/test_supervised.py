@@ -1,5 +1,6 @@
 """train_supervised.py on a small cohort: it learns what is there, resumes exactly, and is the same however the batch is divided."""
 
+import csv
 import json
 import os
 import signal
@@ -8,18 +9,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from lib import command
+from lib import command, inference, judgement, seizures
+from lib.batches import read_parts
 from lib.cache import Cache
 from lib.errors import Unusable
 from lib.lineage import digest, trained_on
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
 from lib.readouts import load_model
 from lib.run import MEASURED
+from lib.targets import Examples, Target, read_targets
 from lib.tensors import load_tensors
 from tests import recipes, task_cases
 from tests.recipes import flags, log
@@ -358,6 +362,13 @@ def test_lineages_end_in_one_table(cache, tmp_path):
     meta = load_model(tmp_path / "lineages" / "full" / "model.safetensors")[1]
     assert len(meta["lineage"]) == 2 and "externalizing" in meta["lineage"][0]["auxiliary"]
     assert not load_model(tmp_path / "lineages" / "supervised_only" / "model.safetensors")[1]["lineage"]
+    other = replace(cfg, target=("challenge2",))
+    status, _, err = recipes.run(*flags(other), *words, script="train_supervised.py", timeout_s=900)
+    assert status == 2 and "was made with other flags" in err
+    status, results, err = recipes.run(
+        *flags(other), "--lineage", "supervised_only", "--overwrite", script="train_supervised.py", timeout_s=900
+    )
+    assert status == 0 and "supervised_only_challenge2_nrmse" in results["metrics"], err[-2000:]
 
 
 def test_flags_that_make_no_sense_are_refused(cache, tmp_path):
@@ -370,6 +381,12 @@ def test_flags_that_make_no_sense_are_refused(cache, tmp_path):
         (dict(waveform=-1.0), "--waveform"),
         (dict(window_s=2.3), "no whole number of patches"),
         (dict(target=("age",), readout="latency"), "a target that is a time"),
+        (dict(target=("age",), task_weights=("age=0",)), "expected a number above 0"),
+        (dict(target=("age",), task_weights=("age=nan",)), "expected a number above 0"),
+        (dict(target=("age",), occlusion_windows=-5), "--occlusion-windows"),
+        (dict(evaluate="some.safetensors", window_s=2.0), "leave --window-s out"),
+        (dict(lineage=("full",), init="some.safetensors"), "leave --init and --mode out"),
+        (dict(shots=2, init="some.safetensors", transfer="coral"), "leave --transfer"),
         (dict(target=("challenge1", "age"), task_weights=("sex=1",)), "no such target"),
         (dict(target=("challenge1", "age"), task_weights=("age=much",)), "expected TARGET=NUMBER"),
         (dict(target=("seizure",), transfer="coral"), "not of the stretches"),
@@ -384,3 +401,59 @@ def test_presets_are_configurations():
         cfg = command.parse(Config, ["--preset", preset], "", PRESETS)
         assert all(getattr(cfg, k) == v for k, v in values.items())
     assert np.isfinite(Config().lr)
+
+
+class Oracle(torch.nn.Module):
+    """Says of each stretch of a window whether it is seizure, by where the window is: the samples are their own numbers."""
+
+    def __init__(self, examples: Examples, stretch_s: float):
+        super().__init__()
+        self.examples, self.stretch_s, self.nothing = examples, stretch_s, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, part):
+        return part
+
+    def say(self, part) -> list[torch.Tensor]:
+        return [torch.from_numpy(self.examples.seizures(part.recording_B, part.start_B, self.stretch_s))]
+
+
+@pytest.mark.parametrize("stretch_s", [0.25, 0.125, 1 / 30])  # 25, 12.5 and 3.33 samples
+def test_stretches_of_no_whole_number_of_samples_keep_time(cache, monkeypatch, stretch_s):
+    opened = Cache(cache)
+    row = next(i for i in range(len(opened.recordings)) if len(judgement.annotated(opened, i)))
+    examples = Examples(opened, read_targets(opened, ["seizure"], [row], 400), [row], 4.0, 2.0)
+
+    def placed(cache, recording_B, start_B, samples, index_B, *rest):
+        for part in read_parts(cache, recording_B, start_B, samples, index_B, *rest):
+            part.start_B = start_B[part.index_B - index_B[0]]
+            yield part
+
+    monkeypatch.setattr(inference, "read_parts", placed)
+    line = inference.Inference(Oracle(examples, stretch_s), "float32", 4, 0, 0, stretch_s).timelines(examples, [row])[0]
+    assert len(line.probability_T) * stretch_s == pytest.approx(line.seconds, abs=stretch_s)
+    found_N2 = seizures.detect(line.probability_T, 1 / stretch_s, 0.5, 0, 0, 0)
+    assert found_N2 == pytest.approx(line.annotated_N2, abs=1.01 * stretch_s)
+
+
+def test_what_is_averaged_per_subject_is_scored_against_the_subjects_mean():
+    people = SimpleNamespace(recordings=[SimpleNamespace(subject=s) for s in "aab"])
+    number = Target("x", scored_by="subject", mean=1.0, std=2.0)
+    y_BK = np.array([[0.0], [1.0], [2.0]])
+    u = judgement.units(number, 0, number.decode(y_BK), y_BK, np.arange(3), people)
+    assert u.y_N.tolist() == [2.0, 5.0] == u.said_N[:, 0].tolist()
+    kinds = Target("x", classes=("p", "q"), scored_by="subject", shares=(0.9, 0.1), weights=(1.0, 1.0))
+    with pytest.raises(Unusable, match="x changes within a subject"):
+        judgement.units(kinds, 0, np.eye(2)[[0, 1, 1]], np.array([[0.0], [1.0], [1.0]]), np.arange(3), people)
+    assert judgement.constant(kinds, 2).tolist() == [[0.9, 0.1]] * 2
+
+
+def test_labels_with_commas_stay_one_column(cache):
+    said = judgement.Said([np.eye(2)], np.array([[0.0], [1.0]]), np.zeros(2, int), np.zeros(2, int), np.zeros(1))
+    text = judgement.predictions_csv([Target("x", classes=("1,2", 'q"'))], said, Cache(cache))
+    assert [row[3:5] for row in csv.reader(text.splitlines())][1:] == [["1,2", "1,2"], ['q"', 'q"']]
+
+
+def test_folds_that_mean_different_things_are_refused(cache, tmp_path):
+    with pytest.raises(Unusable, match="has no .* to learn from"):
+        main(config(cache, tmp_path / "folds", target=("age:classification",), folds=3))
+    assert not (tmp_path / "folds").exists()
