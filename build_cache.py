@@ -111,8 +111,10 @@ def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
     if own and cfg.causal:
         raise Unusable("--envelope-hz needs the whole recording, and --causal must not: leave one of them out")
     profile = channels.PROFILES.get(cfg.channels)
+    # envelopes once came before notch and reference; a machine's without a notch are what they were
+    recipe = RECIPE + bool(own and (eeg or cfg.notch_hz != "none"))
     return ({"envelope_hz": own} if own else {}) | {
-        "recipe": RECIPE,
+        "recipe": recipe,
         "kind": kind,
         "rate_hz": float(rate_hz),
         "band_hz": band and [float(f) for f in band],
@@ -183,52 +185,32 @@ def prepare(
     notes += check.notes
     if shaft_hz:
         notes += check_rate(check.x_CT, rate_hz, shaft_hz)
-    y_CT, segments = _filter(check.x_CT, rate_hz, check.segments, signal)
+    references = [wanted.index(i) for i in extra]
+    enveloped = "envelope_hz" in signal
+    y_CT = check.x_CT
+    if enveloped:  # not linear as filters are: sums over channels have to be of signals
+        good = _good(check.bad, len(present))
+        y_CT = y_CT.astype(np.float32)
+        y_CT, bad, interpolated = _across(y_CT, picked, good, check.bad, references, signal, notes)
+    y_CT, segments = _filter(y_CT, rate_hz, check.segments, signal)
     y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
     if not segments:
-        raise Rejected(
-            "too_short",
-            f"no segment of {signal['min_seconds']:g} s (--min-seconds) is left of {x_CT.shape[1] / rate_hz:.2f} s",
-        )
+        least_s = _least_samples(signal, rate_hz) / rate_hz
+        flag = "--envelope-hz" if least_s > signal["min_seconds"] * (1 + 1e-9) else "--min-seconds"
+        raise Rejected("too_short", f"no segment of {least_s:g} s ({flag}) is left of {x_CT.shape[1] / rate_hz:.2f} s")
 
-    good = np.setdiff1d(np.arange(len(present)), check.bad)
-    if len(good) <= len(present) / 2:
-        raise Rejected(
-            "bad_channels", f"{len(present) - len(good)} of {len(present)} channels are flat, saturated or not a number"
-        )
+    good = _good(check.bad, len(present))
     if recording.unit == "uV":
-        notes += check_amplitude(y_CT, good)
-    if extra:
-        places = [wanted.index(i) for i in extra]
-        if set(places) & set(check.bad):
-            raise Rejected("missing_reference", f"reference {signal['reference']} is flat, saturated or not a number")
-        y_CT -= y_CT[places].mean(0)
-    elif signal["reference"] == "average" and len(present) > 1:
-        y_CT -= (y_CT if len(good) == len(y_CT) else y_CT[good]).mean(0)
-    elif signal["reference"] == "average":
-        notes.append("one channel: reference left as recorded")
-
-    if len(y_CT) == len(picked.names):
-        full_CT = y_CT
-    else:
-        full_CT = np.zeros((len(picked.names), y_CT.shape[1]), np.float32)
-        full_CT[present] = y_CT[: len(present)]
-    bad = [present[i] for i in check.bad if i < len(present)]
-    lacking = [c for c, i in enumerate(picked.indices) if i < 0]
-    if lacking and signal["missing"] == "interpolate":
-        sources = [present[i] for i in good]
-        weights = channels.spline_weights([picked.names[c] for c in sources], [picked.names[c] for c in lacking])
-        full_CT[lacking] = weights @ full_CT[sources]
-        interpolated = lacking
-    else:
-        bad, interpolated = sorted(bad + lacking), []
+        notes += check_amplitude(y_CT, np.array(present)[good] if enveloped else good)
+    if not enveloped:
+        y_CT, bad, interpolated = _across(y_CT, picked, good, check.bad, references, signal, notes)
 
     if signal["scale"] == "none":
-        scale_C, offset_C = np.ones(len(full_CT)), np.zeros(len(full_CT))
+        scale_C, offset_C = np.ones(len(y_CT)), np.zeros(len(y_CT))
     else:
-        scale_C, offset_C = {"robust": filters.robust_scale, "zscore": filters.zscore}[signal["scale"]](full_CT)
+        scale_C, offset_C = {"robust": filters.robust_scale, "zscore": filters.zscore}[signal["scale"]](y_CT)
     scale_C, offset_C = np.asarray(scale_C, np.float32), np.asarray(offset_C, np.float32)
-    z_TC = pack.pack(full_CT, offset_C, scale_C)
+    z_TC = pack.pack(y_CT, offset_C, scale_C)
     notes = [*recording.notes, *notes]  # the recording's last, because reading adds to them
     return Prepared(
         z_TC,
@@ -246,6 +228,51 @@ def prepare(
     )
 
 
+def _good(bad: list[int], present: int) -> np.ndarray:
+    """The channels that aren't bad, of so many. Raises Rejected where those are not most."""
+    good = np.setdiff1d(np.arange(present), bad)
+    if len(good) <= present / 2:
+        raise Rejected(
+            "bad_channels", f"{present - len(good)} of {present} channels are flat, saturated or not a number"
+        )
+    return good
+
+
+def _across(
+    y_CT: np.ndarray, picked, good: np.ndarray, flagged: list[int], references: list[int], signal: dict, notes: list
+) -> tuple[np.ndarray, list[int], list[int]]:
+    """Re-reference, in place, and put channels where a profile wants them, with those that are missing; also: which are bad, and interpolated."""
+    present = [c for c, i in enumerate(picked.indices) if i >= 0]
+    if references:
+        if set(references) & set(flagged):
+            raise Rejected("missing_reference", f"reference {signal['reference']} is flat, saturated or not a number")
+        y_CT -= y_CT[references].mean(0)
+    elif signal["reference"] == "average" and len(present) > 1:
+        y_CT -= (y_CT if len(good) == len(y_CT) else y_CT[good]).mean(0)
+    elif signal["reference"] == "average":
+        notes.append("one channel: reference left as recorded")
+
+    if len(y_CT) == len(picked.names):
+        full_CT = y_CT
+    else:
+        full_CT = np.zeros((len(picked.names), y_CT.shape[1]), np.float32)
+        full_CT[present] = y_CT[: len(present)]
+    bad = [present[i] for i in flagged if i < len(present)]
+    lacking = [c for c, i in enumerate(picked.indices) if i < 0]
+    if lacking and signal["missing"] == "interpolate":
+        sources = [present[i] for i in good]
+        weights = channels.spline_weights([picked.names[c] for c in sources], [picked.names[c] for c in lacking])
+        full_CT[lacking] = weights @ full_CT[sources]
+        return full_CT, bad, lacking
+    return full_CT, sorted(bad + lacking), []
+
+
+def _least_samples(signal: dict, rate_hz: float) -> float:
+    """What a segment of the source must have to be kept."""
+    least, inner_hz = signal["min_seconds"] * rate_hz, signal.get("envelope_hz")
+    return max(least, filters.envelope_samples(rate_hz, inner_hz)) if inner_hz else least
+
+
 def _filter(x_CT: np.ndarray, rate_hz: float, segments: list, signal: dict) -> tuple[np.ndarray, list]:
     """Filter and resample each segment by itself, so that nothing leaks over a gap; short ones are left out."""
     out_hz, band, notch = signal["rate_hz"], signal["band_hz"], signal["notch_hz"]
@@ -259,18 +286,23 @@ def _filter(x_CT: np.ndarray, rate_hz: float, segments: list, signal: dict) -> t
         if signal["causal"]:
             filters.Causal(rate_hz, out_hz, band, notch, len(x_CT))
         elif signal["engine"] == "fft":
-            spectral = filters.Spectral(rate_hz, out_hz, band, notch)
+            before = filters.Spectral(rate_hz, rate_hz, None, notch if inner_hz else None)
+            spectral = filters.Spectral(rate_hz, out_hz, band, None if inner_hz else notch)
     except ValueError as error:
         raise Rejected("rate_too_low", f"sampled at {rate_hz:g} Hz: {error}") from error
+    least = _least_samples(signal, rate_hz)
     for segment in segments:
-        if segment.stop - segment.start < signal["min_seconds"] * rate_hz:
+        if segment.stop - segment.start < least:
             continue
         piece = x_CT[:, segment.start : segment.stop]
-        piece = filters.envelope(piece, rate_hz, inner_hz) if inner_hz else piece
+        if inner_hz:  # of what is left without line noise: afterwards that is a level, and no filter finds it
+            mne = signal["engine"] == "mne"
+            piece = recordings.mne_filter_resample(piece, rate_hz, rate_hz, None, notch) if mne else before(piece)
+            piece = filters.envelope(piece, rate_hz, inner_hz)
         if signal["causal"]:
             piece = filters.Causal(rate_hz, out_hz, band, notch, len(piece)).process(piece).astype(np.float32)
         elif signal["engine"] == "mne":
-            piece = recordings.mne_filter_resample(piece, rate_hz, out_hz, band, notch)
+            piece = recordings.mne_filter_resample(piece, rate_hz, out_hz, band, None if inner_hz else notch)
         else:
             piece = spectral(piece)
         pieces.append(piece)

@@ -98,6 +98,7 @@ class Config:
     event_s: float = 0.0  # how long an event lasts that doesn't say so, s
     remove_eyes: bool = False  # leave room for eye movements to be removed, as fitted in each session
     transport_min: int = 10  # windows of a subject before parallel transport counts as fitted
+    allow_leak: bool = False  # calibrate and score on people that the --encoder was trained on
     # what people see
     lines: int = 0  # that --action client prints; 0: for ever
     record: Path | None = None  # file for everything that producers send; --replay plays it again
@@ -155,6 +156,7 @@ class Service:
         self.recorder = self.page = None
         self.warmed: dict | None = None
         self.stopping = False
+        self.unsaved: Unusable | None = None  # why --save came to nothing at the end
         self.tasks: set[asyncio.Task] = set()
         self.handlers: set[asyncio.Task] = set()  # one per connection
 
@@ -197,7 +199,11 @@ class Service:
             await asyncio.wait_for(self._idle(), self.limits.drain_s)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._flushed(), self.limits.drain_s)
-        saved = self._save() if self.cfg.save else None
+        saved = None
+        try:
+            saved = self._save() if self.cfg.save else None
+        except Unusable as error:  # a full disk must not cost the recording its end, nor the peers theirs
+            self.unsaved = error
         for peer in list(self.peers):
             peer.end("stopping", wire.line({"type": "bye"}))
         if self.handlers:
@@ -519,13 +525,12 @@ class Service:
                 return
             kind = message.get("type")
             if kind == "save" and self.cfg.save:
-                saved = await self.loop.run_in_executor(None, self._save)
-                answer = {"type": "saved", "path": saved}
+                data = await self._saved()
             elif isinstance(kind, str) and kind in answers:
-                answer = answers[kind]()
+                data = wire.line(answers[kind]())
             else:
                 raise wire.Malformed("bad_request", '"type" must be stats, health, or with --save save')
-            await peer.answer(wire.line(answer), self.limits.stall_s)
+            await peer.answer(data, self.limits.stall_s)
 
     def stats(self) -> dict:
         """Everything that is counted."""
@@ -566,6 +571,14 @@ class Service:
 
         pipelines.save(lane.session.model.pipeline, self.cfg.save)
         return str(self.cfg.save)
+
+    async def _saved(self) -> bytes:
+        """Save when control asks, and what it is told."""
+        try:
+            return wire.line({"type": "saved", "path": await self.loop.run_in_executor(None, self._save)})
+        except Unusable as error:
+            self.complain("not saved", f"control asked for a save: {error}")
+            return wire.error("not_saved", str(error))
 
     async def _watch(self) -> None:
         """Twice a second: silent producers, the channels of one stream after the other, the live line, the page."""
@@ -614,6 +627,9 @@ async def serve(cfg: Config, pipeline: Any, table: states.Table) -> tuple[dict, 
     for problem in ended:
         if problem is not None and not isinstance(problem, asyncio.CancelledError):
             raise problem
+    if service.unsaved:
+        command.emit(totals)
+        raise service.unsaved
     return totals, signal.SIGINT in caught
 
 
@@ -652,6 +668,11 @@ async def source(cfg: Config, service: Service, kind: str, stop: asyncio.Event) 
 
 def main(cfg: Config) -> dict | None:
     """Serve, or be one of the processes that talk to a service."""
+    command.check_signs(
+        cfg,
+        positive="window_s stride_s",
+        not_negative="settle_s partial_fit collect_s speed seconds seed chunk wait event_s transport_min lines",
+    )
     journal.start(cfg.log_level, cfg.log_file)
     if cfg.action == "fit":
         return fit(cfg)
@@ -667,6 +688,8 @@ def main(cfg: Config) -> dict | None:
 
         pipeline = pipelines.load(cfg.models, cfg.acausal)
         pipeline = pipelines.with_path(pipeline, signal_path(cfg, pipeline.path))
+        if cfg.save:
+            pipelines.check_folder(cfg.save)
     if cfg.save and cfg.models is None:
         raise Unusable("--save keeps a model as fitted: it needs --models")
     totals, interrupted = asyncio.run(serve(cfg, pipeline, table))
@@ -685,7 +708,7 @@ def fit(cfg: Config) -> dict:
     return served.fit(
         cfg.cache, cfg.target, cfg.pipeline, cfg.save, encoder=cfg.encoder, where=cfg.where, window_s=cfg.window_s,
         stride_s=cfg.stride_s, after_s=cfg.after_s, event_s=cfg.event_s, remove_eyes=cfg.remove_eyes,
-        transport_min=cfg.transport_min,
+        transport_min=cfg.transport_min, allow_leak=cfg.allow_leak,
     )  # fmt: skip
 
 

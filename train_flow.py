@@ -40,7 +40,7 @@ from lib.contrast import loss_infonce, units
 from lib.corpus import Corpus, even, fit_corpus, for_strangers
 from lib.errors import Unusable
 from lib.flops import StepCost, matmul_rate
-from lib.generated import write_generated
+from lib.generated import check_room, write_generated
 from lib.generator import calibrate, draw_windows, fitting, in_unit, load_model, save_model, templates
 from lib.grid import mean_of
 from lib.lineage import check_leak, digest, inherited, trained_on
@@ -50,13 +50,14 @@ from lib.oddness import encoder_beside, flow_scores
 from lib.optim import decay_groups, ema_update, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
+from lib.quality import FEWEST
 from lib.ranks import Ranks, join
 from lib.reflow import Pairs
-from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.samplers import UniformSampler
 from lib.store import write_atomic
 from lib.traits import class_name
-from lib.velocity import Shape, Velocity, build_velocity, describe
+from lib.velocity import Shape, Velocity, build_velocity, describe, strides
 from lib.views import Strength, draws, make_view
 
 EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw what is evaluated
@@ -337,6 +338,24 @@ def check(cfg: Config, ranks: Ranks) -> None:
         raise Unusable("--share repa imitates a trained encoder: give --init, and --align above 0")
     if cfg.reflow and (cfg.contrast or cfg.share in ("cond", "repa")):
         raise Unusable("--reflow learns generated pairs only: leave out --contrast, and --share cond or repa")
+    if cfg.balance == "gradnorm" and cfg.contrast and cfg.share != "trunk":
+        raise Unusable(
+            f"--balance gradnorm weighs gradients that meet in one trunk: --share {cfg.share} has none for --contrast"
+        )
+    if cfg.solver == "midpoint" and cfg.nfe < 2:
+        raise Unusable("--solver midpoint takes two evaluations a step: --nfe 2 or more")
+    if 0 < cfg.judge < FEWEST:
+        raise Unusable(f"--judge {cfg.judge}: fewer than {FEWEST} windows can't be judged")
+    if cfg.judge and (cfg.unconditional or cfg.given):
+        raise Unusable(
+            "--judge is of windows with the conditions of their recordings: leave --unconditional and --given out"
+        )
+    try:
+        strides(cfg.patch)
+    except ValueError as error:
+        raise Unusable(f"--patch {cfg.patch}: {error}") from error
+    if cfg.patch > cfg.window:
+        raise Unusable(f"--patch {cfg.patch} is longer than --window {cfg.window}")
     if cfg.contrast and cfg.batch < 2:
         raise Unusable("--contrast compares windows: it needs a --batch of at least two")
     if (cfg.sample or cfg.score) and not cfg.model:
@@ -395,6 +414,8 @@ def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, whitening.Whitening
 def main(cfg: Config) -> dict | None:
     ranks = join(cfg.device)
     check(cfg, ranks)
+    if cfg.model and not ranks.first:
+        return None
     if cfg.model:
         return generate(cfg, ranks) if cfg.sample else score(cfg, ranks) if cfg.score else judge(cfg, cfg.model)
     device = ranks.device
@@ -415,6 +436,8 @@ def main(cfg: Config) -> dict | None:
     warmup = max(1, round(cfg.warmup * steps))
 
     run = Run(cfg, __file__, ranks)
+    if not held:
+        run.say(f"{WITHOUT_VAL}; --hold-out time holds the end of every recording out")
     if unknown:
         run.say(f"conditions that training recordings don't have, taken as unknown: {dict(unknown.most_common(5))}")
     if not cfg.init:
@@ -545,6 +568,7 @@ def main(cfg: Config) -> dict | None:
     results = None
     if ranks.first:
         if cfg.calibrate:
+            save_model(run.directory / "model.safetensors", ema, whiten, meta | {"step": steps})  # whatever comes
             calibrate(ema, whiten, meta, cfg.calibrate, cfg.seed, cfg.nfe, cfg.solver)
         save_model(run.directory / "model.safetensors", ema, whiten, meta | {"step": steps})
         signal = signal_meta(corpus.caches[0]) | {
@@ -620,6 +644,7 @@ def generate(cfg: Config, ranks: Ranks) -> dict:
     net = net.to(ranks.device)
     given = conditions.parse(net.given.conditions, cfg.given)
     chosen = fitting(net, meta, given)
+    check_room(cfg.out, chosen)
     counts = np.diff(np.linspace(0, cfg.sample, len(chosen) + 1).round().astype(int)).tolist()
     for template, count in zip(
         tqdm(chosen, desc="sampling", unit="recording", dynamic_ncols=True), counts, strict=True
@@ -655,7 +680,15 @@ def score(cfg: Config, ranks: Ranks) -> dict:
     net, whiten, meta = load_model(cfg.model)
     cfg = replace(cfg, max_channels=0, contrast=0.0, level=meta["level"])
     corpus = Corpus(cfg.cache, meta["window"], whiten.order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
-    column, _, value = (cfg.healthy or "").partition("=")
+    model_of = {(t["signal"]["kind"], t["signal"]["rate_hz"], t["unit"]) for t in meta["templates"]}
+    for path, cache in zip(cfg.cache, corpus.caches, strict=True):
+        if (own := (cache.signal["kind"], cache.rate_hz, cache.unit)) not in model_of:
+            raise Unusable(
+                f"--score: {path} holds {own[0]} at {own[1]:g} Hz in {own[2]}, and {cfg.model} was trained on other signals"
+            )
+    column, given, value = (cfg.healthy or "").partition("=")
+    if cfg.healthy and not (given and any(column in cache.columns() for cache in corpus.caches)):
+        raise Unusable(f"--healthy {cfg.healthy}: expected COLUMN=VALUE, of a column of the cache")
     named = corpus.values({column: (column,)}) if column else [{}] * len(corpus.recordings)
     values_R = [class_name(row.get(column)) for row in named]
     well_R = np.array([v == (value or None) for v in values_R])

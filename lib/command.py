@@ -86,7 +86,8 @@ def parse(
 
     Field names become flags and trailing comments their help, by tyro. `none` stands for None where a field allows it.
     `saved(cfg)` gives the configuration of the run that `--resume` goes on with: its values are the defaults then, and any other
-    value is an error. Raises Unusable for flags that don't parse, and SystemExit after `--help`.
+    value is an error, as is a number that isn't finite: such a configuration is kept as JSON. Raises Unusable for flags that don't
+    parse, and SystemExit after `--help`.
     """
     args = _none_by_any_case(config, args)
     default = config()
@@ -95,6 +96,8 @@ def parse(
         names += [a.removeprefix("--preset=") for a in args if a.startswith("--preset=")]
         default = dataclasses.replace(default, **presets.get(names[-1] if names else default.preset, {}))
     cfg = _parse_flags(config, args, doc, default)
+    if saved is not None:
+        check_finite(cfg)
     if saved is None or not cfg.resume:
         return cfg
     kept = saved(cfg)
@@ -118,8 +121,17 @@ def _parse_flags(config: type, args: Sequence[str], doc: str, default: typing.An
         raise Unusable(_unboxed(complaint.getvalue())) from None
 
 
+def check_finite(cfg: typing.Any) -> None:
+    """Raises Unusable for the first field that is NaN or infinite, which compares like no size or like any."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Unusable(f"--{field.name.replace('_', '-')} {value} must be a finite number")
+
+
 def check_signs(cfg: typing.Any, positive: str, not_negative: str) -> None:
-    """Raises Unusable for the first of these fields (names in a string) whose sign is wrong; None passes."""
+    """Raises Unusable for a field that isn't finite, and for the first of these (names in a string) whose sign is wrong; None passes."""
+    check_finite(cfg)
     for name in positive.split():
         value = getattr(cfg, name)
         if value is not None and not value > 0:

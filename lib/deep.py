@@ -235,9 +235,9 @@ def load_encoder(file: File, target: str | None = None, acausal: bool = False) -
             f"{file} was trained on zero-phase filtered signals, which no service can give it: build the cache with --causal "
             "and train again, or accept the difference with --acausal"
         )
-    if meta.get("transfer") == "recentre":
+    if (transfer := meta.get("transfer", "none")) != "none":
         raise Unusable(
-            f"{file} was trained with --transfer recentre, for which the service would have to know a person's later windows"
+            f"{file} was trained with --transfer {transfer}, for which the service would have to know a person's later windows"
         )
     if target is not None and target not in names:
         raise Unusable(f"--target {target}: {file} predicts {', '.join(names)}")

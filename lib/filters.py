@@ -375,12 +375,20 @@ def envelope(x_CT: np.ndarray, rate_hz: float, band_hz: Band) -> np.ndarray:
     A damaged bearing knocks at a rate that its geometry sets, and each knock rings at resonances that its housing sets; only the
     envelope's spectrum is of the fault alone. Zero-phase Butterworth of fourth order, a high-pass where the band ends at half the rate.
     """
-    low, high = band_hz
-    edges, kind = (low, "highpass") if high > 0.49 * rate_hz else ([low, high], "bandpass")
-    sections = scipy.signal.butter(4, edges, kind, fs=rate_hz, output="sos")
-    y_CT = scipy.signal.sosfiltfilt(sections, x_CT.astype(np.float64), axis=1)
+    y_CT = scipy.signal.sosfiltfilt(_envelope_sections(rate_hz, band_hz), x_CT.astype(np.float64), axis=1)
     analytic_CT = scipy.signal.hilbert(y_CT, fft.next_fast_len(y_CT.shape[1]), axis=1)
     return np.abs(analytic_CT)[:, : x_CT.shape[1]].astype(np.float32)
+
+
+def _envelope_sections(rate_hz: float, band_hz: Band) -> np.ndarray:
+    low, high = band_hz
+    edges, kind = (low, "highpass") if high > 0.49 * rate_hz else ([low, high], "bandpass")
+    return scipy.signal.butter(4, edges, kind, fs=rate_hz, output="sos")
+
+
+def envelope_samples(rate_hz: float, band_hz: Band) -> int:
+    """What an envelope takes at least: one sample more than sosfiltfilt mirrors at either end."""
+    return 3 * (2 * len(_envelope_sections(rate_hz, band_hz)) + 1) + 1
 
 
 def robust_scale(x_CT: np.ndarray, flat: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:

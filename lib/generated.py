@@ -27,8 +27,10 @@ def write_generated(directory: str | Path, windows: Iterable[tuple[dict, np.ndar
     """
     from lib import manifest, sources  # here: they bring the readers along
 
-    directory = Path(directory)
-    _make_room(directory)
+    check_room(directory, ())
+    target, directory = Path(directory), Path(f"{directory}.half")  # the old one stays until the new one is whole
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     found, parts, signal = sources.Discovery(), {}, None
     for template, x_NCT in windows:
         own = template["signal"] | {"generated": model}
@@ -46,18 +48,22 @@ def write_generated(directory: str | Path, windows: Iterable[tuple[dict, np.ndar
     store.write_atomic(directory / "build.json", store.canonical_json({"command": command}))
     tables["build.json"] = (directory / "build.json").read_bytes()
     store.write_tables(directory, tables, head)
+    shutil.rmtree(target, ignore_errors=True)
+    directory.rename(target)
     return len(parts)
 
 
-def _make_room(directory: Path) -> None:
+def check_room(directory: str | Path, templates: Iterable[dict]) -> None:
+    """Raises Unusable, before anything is generated, where `write_generated` would: for its directory or its templates."""
+    directory = Path(directory)
+    if len({store.digest(t["signal"]) for t in templates}) > 1:
+        raise Unusable("--sample: templates differ in rate or filter; choose a data set with --given dataset=NAME")
     if (directory / "manifest.json").exists():
         head = json.loads((directory / "manifest.json").read_bytes())
         if "generated" not in head.get("signal", {}):
             raise Unusable(f"--out {directory} is a cache of recordings: choose another place")
-        shutil.rmtree(directory)
     elif directory.exists() and any(directory.iterdir()):
         raise Unusable(f"--out {directory} holds something else: choose another place")
-    directory.mkdir(parents=True, exist_ok=True)
 
 
 def _recording(shards: Path, template: dict, x_NCT: np.ndarray, signal: dict, model: str):

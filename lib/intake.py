@@ -132,6 +132,9 @@ class Intake:
         announced = [name.strip() for name in layout.channels]
         self.names, place_W = _wanted(announced, path)
         bad = {channels.canonical(name) for name in path.bad}
+        known = {channels.canonical(name) for name in (*announced, *self.names)}
+        if stray := [name for name in path.bad if channels.canonical(name) not in known]:
+            raise Unusable(f"--bad-channels {_some(stray)}: not among the stream's channels {_some(announced)}")
         self.good_W = np.array(
             [i >= 0 and channels.canonical(n) not in bad for n, i in zip(self.names, place_W, strict=True)]
         )

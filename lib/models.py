@@ -54,6 +54,9 @@ class Architecture:
                 raise Unusable(f"--{flag} {value} is unknown; there are: {', '.join(known)}")
         if not 1 <= self.queries <= 128:
             raise Unusable(f"--queries {self.queries} must lie in 1 to 128")
+        for flag, value in (("d-model", self.d_model), ("layers", self.layers), ("heads", self.heads)):
+            if value < 1:
+                raise Unusable(f"--{flag} {value} must be at least 1")
         if self.d_model % (2 * self.heads):
             raise Unusable(f"--d-model {self.d_model} must be a multiple of 2 x --heads {self.heads}")
         if self.patch < 8:
@@ -171,8 +174,10 @@ class Relations(nn.Module):
     @torch.no_grad()
     def calibrate(self, found_NF: torch.Tensor) -> None:
         """Take level and spread of each harmonic from tokens of the training data, as `measure` gives them."""
-        self.level_F.copy_(found_NF.mean(0))
-        self.spread_F.copy_(found_NF.std(0).clamp_min(1e-3))  # one electrode has no relations, and 0 / 1e-3 is still 0
+        spread_F = found_NF.std(0)
+        known_F = spread_F > 1e-6  # of one electrode none: others, met later, would be a thousand times too loud
+        self.level_F.copy_(torch.where(known_F, found_NF.mean(0), 0.0))
+        self.spread_F.copy_(torch.where(known_F, spread_F.clamp_min(1e-3), 1.0))
 
     def forward(self, x_BKS: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], grid: Grid) -> torch.Tensor:
         return self.weight((self.measure(x_BKS, at, grid) - self.level_F) / self.spread_F)

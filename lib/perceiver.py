@@ -8,7 +8,7 @@ electrode and patch of any montage, and the JEPA loss, predictor and probes see 
 visible tokens alone, the teacher's from all, and targets are what its hidden tokens have become. (Read out by position only, targets
 were nearly a function of the position: on the demo cohort they were predicted with a cosine of 0.90, at a rank of 7 instead of 30.)
 
-Nearest: the plain alternative to beat, each electrode's samples at the nearest of 128 places, zeros at the others.
+Nearest: the plain alternative to beat, each electrode's samples at the nearest of 128 places; the others take part in nothing.
 
 Shape letters: B windows, C channels, T samples, S samples of a patch, P patches per channel, N = C * P tokens, K tokens asked for,
 Q queries or latent electrodes, D width, H heads, W width of a head, X any width.
@@ -16,6 +16,7 @@ Q queries or latent electrodes, D width, H heads, W width of a head, X any width
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ class Perceiver(nn.Module):
 
 class Nearest(nn.Module):
     """
-    An encoder on the first `architecture.queries` places of MONTAGE, spread evenly, with zeros where no electrode is nearest.
+    An encoder on the first `architecture.queries` places of MONTAGE, spread evenly; those where no electrode is nearest count as hidden.
 
     Electrodes that share a place are averaged there, patch by patch, and share its features. One without a position is left out:
     its features are zeros.
@@ -160,8 +161,32 @@ class Nearest(nn.Module):
     front = property(lambda self: self.encoder.front)
 
     def calibrate(self, parts: Sequence) -> None:
-        """As the encoder's."""
-        self.encoder.calibrate(parts)
+        """As the encoder's, by what it will be given."""
+        patch, moved = self.architecture.patch, []
+        for p in parts:
+            x_BNS = to_patches(p.x_BCT, patch)
+            C, P = p.x_BCT.shape[1], p.x_BCT.shape[2] // patch
+            real_BN = None if p.mask_BC is None else p.mask_BC.repeat_interleave(P, 1)
+            mean_BQT, real_BQP, _ = self.move(x_BNS, p.positions_BC3, Grid(C, P, None, real_BN))
+            xyz_BQ3 = self.xyz_Q3.expand(len(mean_BQT), -1, -1)
+            moved.append(replace(p, x_BCT=mean_BQT, positions_BC3=xyz_BQ3, mask_BC=real_BQP[:, :, 0]))
+        if any(p.mask_BC.any() for p in moved):  # without a position, nothing is measured
+            self.encoder.calibrate(moved)
+
+    def move(
+        self, x_BKS: torch.Tensor, positions_BC3: torch.Tensor, grid: Grid
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Signals of the places (B, Q, T), in which patches they have some (B, Q, P), and the place of each electrode (B, C)."""
+        placed_BC1 = positions_BC3.isfinite().all(2, keepdim=True)
+        xyz_BC3 = torch.where(placed_BC1, positions_BC3, 0.0)
+        place_BC = torch.cdist(xyz_BC3, self.xyz_Q3.expand(len(xyz_BC3), -1, -1)).argmin(2)
+        one_BQC = (
+            (F.one_hot(place_BC, len(self.xyz_Q3)) * placed_BC1).transpose(1, 2).double()
+        )  # autocast leaves it alone
+        ones_BCP = one_BQC.new_ones(*place_BC.shape, grid.patches) if grid.seen_BCP is None else grid.seen_BCP.double()
+        sum_BQPS = (one_BQC @ grid.spread(x_BKS).flatten(2).double()).unflatten(2, (grid.patches, -1))
+        count_BQP = one_BQC @ ones_BCP
+        return (sum_BQPS / count_BQP.clamp_min(1)[..., None]).flatten(2).float(), count_BQP > 0, place_BC
 
     def forward(
         self,
@@ -178,15 +203,8 @@ class Nearest(nn.Module):
         elif mask_BC is not None:
             real_BK = mask_BC.repeat_interleave(P, 1)
         grid = Grid(C, P, ids_BK, real_BK)
-        placed_BC1 = positions_BC3.isfinite().all(2, keepdim=True)
-        xyz_BC3 = torch.where(placed_BC1, positions_BC3, 0.0)
-        place_BC = torch.cdist(xyz_BC3, self.xyz_Q3.expand(B, -1, -1)).argmin(2)
-        one_BQC = (
-            (F.one_hot(place_BC, len(self.xyz_Q3)) * placed_BC1).transpose(1, 2).double()
-        )  # autocast leaves it alone
-        ones_BCP = one_BQC.new_ones(B, C, P) if grid.seen_BCP is None else grid.seen_BCP.double()
-        sum_BQPS = (one_BQC @ grid.spread(x_BNS).flatten(2).double()).unflatten(2, (P, -1))
-        mean_BQT = (sum_BQPS / (one_BQC @ ones_BCP).clamp_min(1)[..., None]).flatten(2).float()
-        y_BNX = self.encoder(mean_BQT, self.xyz_Q3.expand(B, -1, -1))
-        y_BCPD = take(y_BNX.unflatten(1, (-1, P)).flatten(2), place_BC).unflatten(2, (P, -1)) * placed_BC1[..., None]
-        return grid.collect(y_BCPD)
+        mean_BQT, real_BQP, place_BC = self.move(x_BNS, positions_BC3, grid)
+        y_BNX = self.encoder(mean_BQT, self.xyz_Q3.expand(B, -1, -1), real_BK=real_BQP.flatten(1))
+        y_BCPD = take(y_BNX.unflatten(1, (-1, P)).flatten(2), place_BC).unflatten(2, (P, -1))
+        placed_BC11 = positions_BC3.isfinite().all(2)[..., None, None]
+        return grid.collect(torch.where(placed_BC11, y_BCPD, 0.0))

@@ -13,6 +13,7 @@ Only an encoder needs torch; only the making of a riemann pipeline needs scikit-
 Shapes: N windows, C channels, T samples, F filters, K classes, S support vectors, B classifiers.
 """
 
+import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path as File
 from typing import Any
@@ -101,6 +102,16 @@ def with_path(pipeline, path: Path):
     return replace(pipeline, path=path)
 
 
+def check_folder(folder: str | File) -> None:
+    """Make the folder of `save` and try it, before hours of work depend on it. Raises Unusable."""
+    try:
+        File(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Unusable(f"--save {folder} can't be written: {error.strerror}; name another folder") from error
+
+
 def save(pipeline, folder: str | File) -> None:
     """Write a pipeline with all it has learned in this session. Raises Unusable if the folder can't be written."""
     folder = File(folder)
@@ -139,7 +150,7 @@ def load(path: str | File, acausal: bool = False):
     if not (path / FILE).is_file():
         raise Unusable(
             f"--models {path}: no {FILE} or {MODEL} there (looked in {path.resolve()}); "
-            "make one: python serve_realtime.py --action fit --cache CACHE --target NAME --models DIR"
+            "make one: python serve_realtime.py --action fit --cache CACHE --target NAME --save DIR"
         )
     arrays, meta = load_arrays(path / FILE)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:

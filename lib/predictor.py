@@ -10,6 +10,8 @@ Three kinds, each with all of the one before:
 Shape letters: B windows, C channels, K visible tokens, M targets, S summary tokens, D the encoder's width, E the predictor's.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -24,7 +26,7 @@ class Predictor(nn.Module):
     """
     Guesses of the teacher's features at the target tokens.
 
-    Narrower than the encoder on purpose: a predictor that could do the encoder's work would leave it none (Assran 2023). Raises
+    Half as wide as the encoder on purpose: a predictor that could do the encoder's work would leave it none (Assran 2023). Raises
     Unusable.
     """
 
@@ -33,7 +35,9 @@ class Predictor(nn.Module):
         if kind not in KINDS:
             raise Unusable(f"--predictor {kind} is unknown; there are: {', '.join(KINDS)}")
         a, self.kind = architecture, kind
-        width, heads, depth = a.d_model // 2, max(1, a.heads // 2), layers + KINDS.index(kind)
+        heads, depth = max(1, a.heads // 2), layers + KINDS.index(kind)
+        fits = math.lcm(2, heads)  # codes of time come in pairs, and half of five heads is two
+        width = -(-(a.d_model // 2) // fits) * fits
         self.narrow = nn.Linear(a.d_model, width)
         self.place = Places(width, a.patch / a.rate_hz)
         self.query_E = nn.Parameter(0.02 * torch.randn(width))

@@ -17,6 +17,7 @@ from lib import pipelines
 from lib.cache import Cache
 from lib.deep import load_encoder, signal_path
 from lib.errors import Unusable
+from lib.lineage import check_leak, inherited
 from lib.readouts import check_signal
 from lib.riemann import Riemann, learn
 from lib.scores import classification_scores
@@ -89,12 +90,13 @@ def fit(
     event_s: float = 0.0,
     remove_eyes: bool = False,
     transport_min: int = 10,
+    allow_leak: bool = False,
 ) -> dict:
     """
     Make a pipeline from the training subjects, calibrate and score it on the val subjects, save it in `models`; returns what was found.
 
     `encoder` is a model.safetensors of train_supervised.py with the same target, for encoder and hybrid; it brings its own window.
-    Raises Unusable.
+    Raises Unusable, also where the encoder knows the val subjects, unless `allow_leak`.
     """
     if pipeline not in KINDS:
         raise Unusable(f"--pipeline {pipeline} is unknown; there are: {', '.join(KINDS)}")
@@ -120,12 +122,15 @@ def fit(
         check_signal(deep.meta, opened, encoder)
         window_s = deep.path.window / opened.rate_hz
         found = deep.decoder.targets[deep.target]
+        subjects = [opened.recordings[i].subject for i in rows["val"]]
+        check_leak(inherited(deep.meta, encoder), subjects, (found.name, *found.labels), allow_leak)
     else:
         window_s = window_s or WINDOW_S.get(target, 2.0)
         found = read_targets(opened, [target], rows["train"], round(window_s * opened.rate_hz), after_s, event_s)[0]
     if not found.classes:
         raise Unusable(f"--target {target} is a number; the service predicts classes (try {found.name}:classification)")
     stride_s = stride_s or window_s / 2
+    pipelines.check_folder(models)
     train = read_lesson(opened, found, rows["train"], window_s, stride_s, event_s=event_s)
     val = None
     if rows["val"]:

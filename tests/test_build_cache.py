@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from lib import filters, store
+import build_cache
+from lib import filters, recordings, store
 from lib.cache import Cache
 from lib.edf import write_edf
 from lib.errors import Unusable
@@ -491,6 +492,72 @@ def test_an_envelope_cache_holds_how_often_a_resonance_is_struck_and_not_which_o
     assert code == 0, said
     with pytest.raises(Unusable, match="envelope_hz"):
         Cache(tmp_path / "cache", tmp_path / "plain")
+
+
+def swelling(names: int, hz: float, seconds: float = 40.0, rate_hz: float = 200.0) -> np.ndarray:
+    """A rhythm of 20 µV of another phase in each channel, twice as loud every second second, and 100 µV of something common to all."""
+    t_T = np.arange(round(seconds * rate_hz)) / rate_hz
+    loud_T = 20 * (1.5 + 0.5 * np.sign(np.sin(np.pi * t_T)))
+    phase_C1 = 2 * np.pi * np.arange(names)[:, None] / names
+    return loud_T * np.sin(2 * np.pi * hz * t_T + phase_C1) + 100 * np.sin(2 * np.pi * 11.3 * t_T)
+
+
+def test_line_noise_goes_before_the_envelope_is_made():
+    segment = recordings.Segment(0, 8000, 0.0)
+    clean_CT = swelling(4, 20.0).astype(np.float32)
+    t_T = np.arange(clean_CT.shape[1]) / 200
+    noisy_CT = (clean_CT + 300 * np.sin(2 * np.pi * 50 * t_T)).astype(np.float32)
+    signal = dict(rate_hz=100.0, band_hz=None, envelope_hz=[5.0, 90.0], causal=False, min_seconds=1.0)
+    for engine in ("fft", "mne"):
+        found = [
+            build_cache._filter(x_CT, 200.0, [segment], signal | dict(engine=engine, notch_hz=notch))[0][:, 500:-500]
+            for x_CT, notch in ((clean_CT, None), (noisy_CT, [50.0]), (noisy_CT, None))
+        ]
+        assert np.abs(found[1] - found[0]).mean() < 0.05 * found[0].mean() < found[2].mean() - found[0].mean(), engine
+
+
+def test_envelopes_of_an_eeg_are_of_signals_that_have_their_reference(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    x_CT = swelling(8, 9.0)
+    for name in ("s01", "s02"):
+        write_edf(raw / f"{name}_rest.edf", x_CT, 200, NAMES[:8], [])
+    flags = ("--source", raw, "--band-hz", "none", "--envelope-hz", 7, 13, "--scale", "none", "--workers", 1)
+    code, _, said = run(*flags, "--cache", tmp_path / "cache")
+    assert code == 0, said
+    cache = Cache(tmp_path / "cache")
+    got_CT = cache.read([0], [200], 3600, unit="uV").x_BCT[0].numpy()
+    # what is common to all goes, and the mean of the rhythms, which is none
+    rhythm_CT = (x_CT - x_CT.mean(0)).astype(np.float32)
+    wanted_CT = filters.envelope(rhythm_CT, 200.0, (7.0, 13.0))[:, 400:7600:2]
+    assert (got_CT > 0).mean() > 0.99 and np.abs(got_CT - wanted_CT).mean() < 0.02 * wanted_CT.mean()
+    assert cache.signal["recipe"] == build_cache.RECIPE + 1
+
+
+def test_only_envelopes_that_are_others_now_have_another_recipe():
+    known = build_cache.RECIPE
+    for words, kind, recipe in (
+        ({}, "eeg", known),
+        ({"notch_hz": (50.0,)}, "vibration", known),
+        ({"envelope_hz": (10.0, 40.0)}, "vibration", known),
+        ({"envelope_hz": (10.0, 40.0), "notch_hz": (50.0,)}, "vibration", known + 1),
+        ({"envelope_hz": (10.0, 40.0)}, "eeg", known + 1),
+    ):
+        signal = build_cache.signal_options(build_cache.Config(rate_hz=100.0, **words), kind, [])
+        assert signal["recipe"] == recipe and ("envelope_hz" in signal) == ("envelope_hz" in words)
+
+
+def test_a_recording_too_short_for_an_envelope_is_quarantined_and_the_others_are_cached(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, samples in (("short", 27), ("fits", 28), ("long", 500)):
+        np.save(folder / f"{name}.npy", np.random.default_rng(0).standard_normal(samples).astype(np.float32))
+    (folder / "dataset.toml").write_text('name = "bits"\nkind = "vibration"\npattern = \'(?P<subject>\\w+)\\.npy\'\n')
+    flags = ("--source", folder, "--source-rate-hz", 500, "--source-unit", "g", "--envelope-hz", 10, 60)
+    code, result, said = run(*flags, "--cache", tmp_path / "cache")
+    assert code == 3 and result["quarantined_by_code"] == {"too_short": 1} and result["recordings"] == 2, said
+    (entry,) = json.loads((tmp_path / "cache" / "quarantine.json").read_text())
+    assert "short" in entry["key"] and "0.056 s (--envelope-hz)" in entry["reason"]
 
 
 def test_an_envelope_is_the_magnitude_of_the_analytic_signal_in_its_band():

@@ -220,7 +220,9 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
     _, meta = load_encoder(tmp_path / "next" / "encoder.safetensors")
     assert meta["architecture"]["d_model"] == 32 and meta["lineage"][0]["run"] == "straight"
     last, first = log(straight)[-1], log(tmp_path / "next")[0]
-    assert "probe_task" not in first  # which movie it is chose the pairs, and the probe would be scored on training people
+    assert (
+        "probe_task" not in first
+    )  # which movie it is chose the pairs, and the probe would be scored on training people
     assert first["encoder_subject_identity"] == last["encoder_subject_identity"]
 
 

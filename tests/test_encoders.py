@@ -504,12 +504,47 @@ def test_nearest_moves_electrodes_to_the_montage():
     full_BQT = torch.zeros(2, 128, 100)
     places = [next(q for q, xyz in enumerate(encoder.xyz_Q3.tolist()) if np.allclose(xyz, POSITIONS[n])) for n in names]
     full_BQT[:, places] = x_BCT
-    expected = (
-        encoder.encoder(full_BQT, encoder.xyz_Q3.expand(2, -1, -1)).unflatten(1, (128, 4))[:, places].flatten(1, 2)
-    )
-    assert close(z_BND, expected)
+    mask_BQ = torch.zeros(2, 128, dtype=torch.bool)
+    mask_BQ[:, places] = True  # where no electrode is nearest, nothing takes part
+    full_BND = encoder.encoder(full_BQT, encoder.xyz_Q3.expand(2, -1, -1), mask_BQ)
+    assert close(z_BND, full_BND.unflatten(1, (128, 4))[:, places].flatten(1, 2))
     twice = encoder(torch.cat([x_BCT, x_BCT[:, :1]], 1), torch.cat([positions_BC3, positions_BC3[:, :1]], 1))
     assert close(twice[:, :12], z_BND) and close(twice[:, 12:], z_BND[:, :4])  # shared places hold the mean
+
+
+@pytest.mark.parametrize("queries", [32, 128])
+def test_nearest_standardises_relations_as_it_computes_them(queries, monkeypatch):
+    torch.manual_seed(0)
+    encoder = build_encoder(Architecture(**SMALL, adapter="nearest", queries=queries))
+    x_BCT, positions_BC3 = windows(40, 19)
+    x_BCT[:, 1:] += x_BCT[:, :1] * torch.rand(40, 18, 1)  # windows differ in how much their electrodes share
+    mask_BC = torch.ones(40, 19, dtype=torch.bool)
+    mask_BC[:7, 3] = False
+    parts = [Part(x_BCT[:20], positions_BC3[:20], mask_BC[:20], np.arange(20), np.zeros(20, int))]
+    parts += [Part(x_BCT[20:, :11], positions_BC3[20:, :11], None, np.arange(20), np.zeros(20, int))]
+    encoder.calibrate(parts)
+    relate, kept = encoder.encoder.relate, []
+    measure = relate.measure
+
+    def keep(x_BNS, at, grid):
+        found_BNF = measure(x_BNS, at, grid)
+        kept.append(((found_BNF - relate.level_F) / relate.spread_F)[grid.real_BK])
+        return found_BNF
+
+    monkeypatch.setattr(relate, "measure", keep)
+    with torch.no_grad():
+        for part in parts:
+            encoder(*part.signal)
+    kept_NF = torch.cat(kept)
+    assert kept_NF.mean(0).abs().max() < 1e-3 and ((kept_NF.std(0) - 1).abs() < 1e-3).all()
+
+
+def test_nearest_is_not_calibrated_by_electrodes_without_a_position():
+    encoder = build_encoder(Architecture(**SMALL, adapter="nearest", queries=8))
+    before = copy.deepcopy(encoder.state_dict())
+    x_BCT, positions_BC3 = windows()
+    encoder.calibrate([Part(x_BCT, torch.full_like(positions_BC3, torch.nan), None, np.arange(3), np.zeros(3, int))])
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
 
 
 def test_predictor_and_targets_work_behind_an_adapter(encoder):

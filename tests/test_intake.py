@@ -163,6 +163,7 @@ def test_channels_are_found_by_name_and_brought_into_the_models_order():
         (Layout(NAMES, float("nan"), "uV"), PATH, ("sampling rate",)),
         (Layout(("Status", "ECG"), 250.0, "uV"), replace(PATH, channels=()), ("ECG",)),
         (LAYOUT, replace(PATH, bad=NAMES), ("none",)),
+        (LAYOUT, replace(PATH, bad=("F7", "Fp9", "Ozz")), ("--bad-channels Fp9, Ozz:", "F7")),
         (LAYOUT, replace(PATH, window=0), ("window",)),
     ],
 )

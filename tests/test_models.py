@@ -1,7 +1,9 @@
 """Encoder, predictor, optimiser and loss: what must not change the result, and what must."""
 
 import copy
+import importlib
 import math
+import typing
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from lib import command
 from lib.batches import Part
 from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
@@ -22,7 +25,8 @@ from lib.masks import draw_masks
 from lib.metrics import effective_rank, feature_std
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, take
 from lib.optim import decay_groups, ema_momentum, ema_update, warmup_cosine
-from lib.predictor import Predictor
+from lib.predictor import KINDS, Predictor
+from lib.run import saved_config
 from lib.tensors import load_tensors, save_tensors
 
 SMALL = Architecture(d_model=32, layers=2, heads=2, patch=25, rate_hz=100.0, relations=True)
@@ -274,9 +278,42 @@ def test_sizes_that_do_not_fit_are_named():
         (Architecture(d_model=30, heads=4), "--d-model"),
         (Architecture(patch=4), "--patch-s"),
         (Architecture(encoder="lstm"), "--encoder"),
+        (Architecture(heads=0), "--heads 0 must be at least 1"),
+        (Architecture(heads=-2), "--heads -2"),
+        (Architecture(d_model=0), "--d-model 0"),
+        (Architecture(d_model=-16), "--d-model -16"),
+        (Architecture(layers=0), "--layers 0"),
+        (Architecture(layers=-1), "--layers -1"),
     ):
         with pytest.raises(Unusable, match=word):
             build_encoder(wrong)
+
+
+@pytest.mark.parametrize(
+    "d_model, heads, width", [(66, 3, 34), (6, 3, 4), (2, 1, 2), (50, 5, 26), (70, 7, 36), (64, 4, 32)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_predictor_is_half_as_wide_as_any_encoder_or_what_its_heads_make_of_that(d_model, heads, width, kind):
+    encoder = build_encoder(Architecture(d_model=d_model, heads=heads, layers=1, patch=25))
+    predictor, (x_BCT, positions_BC3) = Predictor(encoder.architecture, 1, kind), windows()
+    ids_BK, target_BM = torch.arange(8).repeat(3, 1), torch.arange(8, 13).repeat(3, 1)
+    predicted = predictor(encoder(x_BCT, positions_BC3, ids_BK=ids_BK), positions_BC3, 4, ids_BK, target_BM)
+    assert predictor.narrow.out_features == width and predicted.shape == (3, 5, d_model) and predicted.isfinite().all()
+
+
+@pytest.mark.parametrize("script", ["train_jepa", "train_contrastive", "train_supervised", "train_flow"])
+def test_no_phase_takes_a_number_that_is_not_finite(script):
+    phase = importlib.import_module(script)
+    hints = typing.get_type_hints(phase.Config).items()
+    names = [name for name, hint in hints if float in (hint, *typing.get_args(hint))]
+    assert {"lr", "weight_decay", "epochs", "clip"} <= set(names)
+    for name, text in ((name, text) for name in names for text in ("nan", "inf", "-inf")):
+        flag = f"--{name.replace('_', '-')}"
+        with pytest.raises(Unusable, match=f"^{flag} {text} must be a finite number"):
+            command.parse(phase.Config, [f"{flag}={text}"], "", phase.PRESETS, saved_config)
+        with pytest.raises(Unusable, match=f"^{flag} {text} must be a finite number"):
+            command.check_signs(phase.Config(**{name: float(text)}), "lr", "seed")
+    command.check_signs(phase.Config(), "lr steps", "seed")  # what is none passes
 
 
 def part_of(x_BCT, positions_BC3, mask_BC=None, index_B=None, kind="spatiotemporal") -> Part:
@@ -388,6 +425,29 @@ def test_relations_of_correlated_electrodes_can_be_read_from_untrained_features(
             z_BX = encoder(x_BCT, positions_BC3).unflatten(1, (4, -1)).mean(2).flatten(1).numpy()
         told[relations] = cross_val_score(make_pipeline(StandardScaler(), LogisticRegression(C=0.01)), z_BX, y_B, cv=5).mean()  # fmt: skip
     assert told[True] > 0.9 > 0.75 > told[False]
+
+
+def test_relations_calibrated_on_one_electrode_are_not_deafening_on_more():
+    torch.manual_seed(0)
+    encoder = build_encoder(SMALL)
+    before = [t.clone() for t in (encoder.relate.level_F, encoder.relate.spread_F)]
+    x_BCT, positions_BC3 = windows(8, 7)
+    encoder.calibrate([Part(x_BCT[:, :1], positions_BC3[:, :1], None, np.arange(8), np.zeros(8, int))])
+    assert torch.equal(encoder.relate.level_F, before[0]) and torch.equal(encoder.relate.spread_F, before[1])
+    x_BNS, grid = to_patches(x_BCT, SMALL.patch), Grid(7, 4)
+    loud = encoder.relate(x_BNS, encoder.place.harmonics(positions_BC3), grid).abs().mean()
+    assert loud < encoder.embed(x_BNS).abs().mean()
+
+
+def test_relations_of_more_electrodes_are_standardised_and_what_never_varies_stays():
+    torch.manual_seed(0)
+    relate = build_encoder(SMALL).relate
+    found_NF = torch.randn(500, len(relate.spread_F)) * torch.logspace(-5, 0, len(relate.spread_F)) + 0.3
+    found_NF[:, 0] = 0.3
+    relate.calibrate(found_NF)
+    assert (relate.level_F[0], relate.spread_F[0]) == (0, 1)
+    assert torch.equal(relate.spread_F[1:], found_NF.std(0).clamp_min(1e-3)[1:])
+    assert torch.equal(relate.level_F[1:], found_NF.mean(0)[1:])
 
 
 def test_a_file_from_before_relations_loads_without_them(tmp_path):

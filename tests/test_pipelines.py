@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from lib.pipelines import Hybrid
 from lib.readouts import Decoder, Reading, load_model, save_model
 from lib.riemann import NotReady, Riemann, learn, to_calibrate_on
 from lib.targets import Target
+from lib.transfer import Transfer
 from tests.recipes import ROOT
 
 NAMES = TEN_TWENTY[:6]
@@ -280,7 +282,7 @@ def test_channels_that_are_zero_are_masked_but_not_the_reference(tmp_path):
         ({}, "age", ("--target age", "number, task")),
         ({}, "number", ("is a number", "classes")),
         ({"kind": "vibration"}, "task", ("vibration",)),
-        ({"transfer": "recentre"}, "task", ("recentre", "later windows")),
+        *(({"transfer": t}, "task", (f"--transfer {t}", "later windows")) for t in get_args(Transfer) if t != "none"),
     ],
 )
 def test_a_model_the_service_can_not_serve_is_refused(tmp_path, options, target, words):

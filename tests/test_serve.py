@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,10 +22,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import filters, journal, sockets, states, wire
+from lib import filters, journal, pipelines, sockets, states, wire
 from lib.errors import Unusable
 from lib.outbox import MOST_LINES
-from serve_realtime import Config, Limits, Service
+from lib.recorder import open_session
+from lib.riemann import learn
+from serve_realtime import Config, Limits, Service, main
 from tests.recipes import ROOT
 from tests.service import (
     CHANNELS,
@@ -863,6 +866,76 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(flags, said):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, env=clean)
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["settle_s", "collect_s", "speed", "seconds", "window_s", "stride_s", "after_s", "event_s"]
+)
+def test_numbers_that_are_none_are_refused_before_anything_starts(name):
+    for value in (math.nan, math.inf, *(() if name == "after_s" else (-1.0,))):
+        with pytest.raises(Unusable, match=f"^--{name.replace('_', '-')} {value} must"):
+            main(Config(**{name: value}))
+
+
+@pytest.mark.parametrize("name", ["partial_fit", "seed", "chunk", "wait", "transport_min", "lines"])
+def test_counts_below_none_are_refused_before_anything_starts(name):
+    with pytest.raises(Unusable, match=f"^--{name.replace('_', '-')} -1 must not be negative"):
+        main(Config(**{name: -1}))
+
+
+@served
+async def test_a_bad_channel_that_no_stream_has_is_a_typo_and_said():
+    path = dataclasses.replace(PATH, bad=("c3", "Fp9"))
+    async with serving(Power(path), PATIENT) as service:
+        peer = await Peer.connect(service)
+        await peer.send(wire.handshake("x", "producer", None, STREAM))
+        (error,) = await peer.rest()
+        assert error["code"] == "mismatch" and error["message"].startswith("--bad-channels Fp9: not among")
+
+
+def fittable(folder: Path) -> Path:
+    """A saved pipeline of the test streams, with as few windows at rest as make a fit."""
+    rng, y_N = np.random.default_rng(0), np.arange(40) % 2
+    x_NCT = rng.standard_normal((40, len(CHANNELS), 50))
+    x_NCT[np.arange(40), y_N] *= 3
+    path = dataclasses.replace(PATH, channels=CHANNELS, rate_hz=250.0)
+    pipelines.save(learn(x_NCT, y_N, np.zeros(40), ("a", "b"), path, transport_min=2), folder)
+    return folder
+
+
+def test_a_folder_that_can_not_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(Unusable, match=f"^--save {folder} can't be written: .*; name another folder"):
+            main(Config(models=fittable(tmp_path / "model"), save=folder))
+
+
+def test_a_save_that_fails_costs_neither_control_nor_totals_nor_the_recording(tmp_path):
+    kept, record = tmp_path / "kept", tmp_path / "record"
+    words = ("--models", fittable(tmp_path / "model"), "--save", kept, "--record", record, "--start", "BACKGROUND")
+    process, ready = start(*map(str, words))
+    assert kept.is_dir()
+    kept.rmdir()
+    kept.write_text("")
+    address = sockets.address(ready["listen"], "")
+    with socket.create_connection(address) as amp, amp.makefile("rb") as pongs:
+        amp.sendall(wire.handshake("x", "producer", None, STREAM))
+        frames = (wire.frame_samples(0, 2.0, LOUD[:500]), wire.frame_event(500, 2.0, "INFERENCE"))
+        amp.sendall(b"".join([*frames, wire.frame_samples(500, 2.4, LOUD[500:600]), wire.frame_ping(1)]))
+        assert [wire.read_line(pongs.readline())["type"] for _ in range(2)] == ["handshake", "pong"]
+        with socket.create_connection(address) as link, link.makefile("rb") as file:
+            link.sendall(wire.handshake("x", "control") + wire.line({"type": "stats"}) + wire.line({"type": "save"}))
+            _, stats, error = (wire.read_line(file.readline()) for _ in range(3))
+            assert stats["counts"]["fits"] == 1 and error["code"] == "not_saved" and str(kept) in error["message"]
+            link.sendall(wire.line({"type": "health"}))
+            assert wire.read_line(file.readline())["type"] == "health"  # still connected
+            process.send_signal(signals.SIGTERM)
+            assert [wire.read_line(line)["type"] for line in file] == ["bye"]
+    out, err = process.communicate(timeout=PATIENCE_S)
+    totals = json.loads(out.splitlines()[-1])
+    assert process.returncode == 2 and totals["saved"] is None and totals["fits"] == 1 and totals["recorded"]["records"]
+    assert "Traceback" not in err and err.splitlines()[-1].startswith(f"serve_realtime.py: {kept}"), err
+    assert not open_session(record).notes  # such as that it has no end
 
 
 def test_serving_starts_without_torch_mne_and_scipy_signal():

@@ -10,6 +10,7 @@ from lib import pipelines, replay, served
 from lib.cache import Cache
 from lib.errors import Unusable
 from lib.intake import Intake, Path
+from lib.lineage import trained_on
 from lib.models import Architecture, build_encoder, signal_meta
 from lib.readouts import Decoder, Reading, save_model
 from lib.riemann import learn
@@ -41,7 +42,8 @@ def model(folder):
     decoder = Decoder(build_encoder(Architecture(d_model=16, layers=1, heads=2, patch=50)), Reading("mean", 2), targets)
     torch.nn.init.normal_(decoder.heads[0].weight, std=0.1)
     (folder / "run").mkdir()
-    save_model(folder / "run" / "model.safetensors", decoder, signal_meta(cache) | {"lineage": [], "window_s": 1.0})
+    meta = signal_meta(cache) | trained_on(cache, rows) | {"lineage": [], "window_s": 1.0}
+    save_model(folder / "run" / "model.safetensors", decoder, meta)
     return folder / "run"
 
 
@@ -112,6 +114,22 @@ def test_zero_phase_caches_and_foreign_models_are_refused(folder, model, tmp_pat
     pipelines.save(other, tmp_path / "other")
     with pytest.raises(Unusable, match="reference Cz"):
         served.fit(folder / "cache", TARGET, "encoder", tmp_path / "m", tmp_path / "other")
+
+
+def test_an_encoder_that_knows_the_val_subjects_is_refused_unless_that_is_allowed(folder, model, tmp_path):
+    made, cache = pipelines.load(model), Cache(folder / "cache")
+    rows = [i for i, r in enumerate(cache.recordings) if r.split in ("train", "val")]
+    pipelines.save(replace(made, meta=made.meta | trained_on(cache, rows)), tmp_path / "all")
+    for kind in ("encoder", "hybrid"):
+        with pytest.raises(Unusable, match="trained on 2 of the 2 subjects .*--allow-leak"):
+            served.fit(folder / "cache", TARGET, kind, tmp_path / "m", tmp_path / "all")
+    assert not (tmp_path / "m").exists()
+    found = served.fit(folder / "cache", TARGET, "encoder", tmp_path / "m", tmp_path / "all", allow_leak=True)
+    assert found["val_subjects"] == 2
+    earlier = {"file": "pretrained", "subjects": [], "auxiliary": ["eyes_open"]}
+    pipelines.save(replace(made, meta=made.meta | {"lineage": [earlier]}), tmp_path / "told")
+    with pytest.raises(Unusable, match="^eyes_open was an auxiliary target of pretrained"):
+        served.fit(folder / "cache", TARGET, "encoder", tmp_path / "n", tmp_path / "told")
 
 
 def test_flickers_are_told_apart_by_their_bands():
