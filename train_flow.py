@@ -464,7 +464,11 @@ def main(cfg: Config) -> dict | None:
     columns = [name for name in (*cfg.label, *cfg.domain, cfg.speed, *cfg.traits) if name]
     meta = {"predict": cfg.predict, "window": cfg.window, "level": cfg.level, "run": run.name, "lineage": lineage}
     meta |= {"templates": templates(corpus, target.group_R, target.code_RF, columns), **trained_on_corpus(corpus, rows)}
-    pairs = Pairs(cfg.reflow, cfg.pairs, cfg.window, describe(net)["conditions"], cfg.seed) if cfg.reflow else None
+    pairs = (
+        Pairs(cfg.reflow, cfg.pairs, cfg.window, describe(net)["conditions"], cfg.seed, whiten, cfg.level)
+        if cfg.reflow
+        else None
+    )
 
     def batch_of(step: int, who: np.ndarray = share, micro: int | None = None) -> list[Part]:
         micro = state["micro"] if micro is None else micro

@@ -12,6 +12,7 @@ unit, and those of `real` from recordings, or at least times, that nothing was t
 Shape letters: N windows, C channels, L samples, F frequencies or features, R draws, K classes, S statistics.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -95,6 +96,7 @@ def judge(
     embed: Callable[[np.ndarray], np.ndarray] | None = None,
     network: bool = True,
     legacy: bool = True,
+    among: Sequence[np.ndarray] | None = None,
     seed: int = 0,
 ) -> dict[str, Row]:
     """
@@ -102,7 +104,8 @@ def judge(
 
     `block_ids` says of each real window which recording (or subject) it is from. Spectra are compared label by label, and classes scored, where
     all three sets have labels. `eeg` adds bands, slope and alpha peak; `lines_hz` frequencies of the envelope by name (such as a bearing's);
-    `embed` a Fréchet distance in the features (N, D) of an encoder; `network` the convolutional classifiers; `legacy` what others publish.
+    `embed` a Fréchet distance in the features (N, D) of an encoder; `network` the convolutional classifiers; `legacy` what others publish. Copies are looked for
+    in the stretches `among` (C, T), else in the training windows at any circular shift.
     Raises Unusable for fewer windows than mean anything, and for shapes or labels that don't fit together.
     """
     given = [labels_real, labels_fake, labels_train]
@@ -133,7 +136,7 @@ def judge(
     }
     if labels_real is not None:
         rows |= _use(pool, labels[2], network, seed)
-    rows |= _copied(pool, every_NCL[:AMONG], rng)
+    rows |= _copied(pool, among or memorisation.around(every_NCL[:AMONG]), rng)
     order = [name for group in GROUPS.values() for name in group]
     return {name: rows[name] for name in sorted(rows, key=lambda n: order.index(n) if n in order else len(order))}
 
@@ -330,10 +333,10 @@ def _share_row(name: str, right: Mapping[str, np.ndarray]) -> Row:
     return {key: float(v) if isinstance(v, np.floating) else v for key, v in row.items()}
 
 
-def _copied(pool: Pool, train_NCL: np.ndarray, rng: np.random.Generator) -> dict[str, Row]:
+def _copied(pool: Pool, among: Sequence[np.ndarray], rng: np.random.Generator) -> dict[str, Row]:
     """The share of copies among generated windows, beside that of held-out real ones."""
-    fake = int(pool.first[1])
-    own_N, real_N = (memorisation.nearest(pool.x_NCL[first:][:SEARCHED], train_NCL)[0] for first in (fake, 0))
+    real, fake = (pool.x_NCL[a:b][:SEARCHED] for a, b in itertools.pairwise(pool.first[:3]))
+    own_N, real_N = (memorisation.nearest(x_NCL, among)[0] for x_NCL in (fake, real))
     found = memorisation.copies(own_N, real_N)
     common = {"group": "memorisation", "better": "lower"}
     rate = {

@@ -20,6 +20,7 @@ from lib.errors import Unusable
 from lib.lineage import digest
 from lib.store import write_atomic
 
+SEARCHED, PIECE = 1 << 22, 1 << 17  # samples of training recordings that copies are looked for in, and of one read
 SHOWN, DRAWS = 4, 40  # windows in a figure, and draws of a floor's band
 FEWEST_BLOCKS = 4  # held-out recordings or subjects; with fewer in val, those of test are judged with them
 WORDS = (
@@ -211,11 +212,10 @@ def read_windows(
     """
     windows = corpus.windows(part, corpus.samples)
     row_N, start_N = windows.locate(np.arange(len(windows)))
-    fits_R = np.array([set(names) <= set(r.names) for r in corpus.recordings])
-    fitting = np.flatnonzero(fits_R[row_N])
-    if not len(fitting):
+    fit_N = np.flatnonzero(np.isin(row_N, fitting(corpus, names)))
+    if not len(fit_N):
         raise Unusable(f"no recording to compare with has the channels {', '.join(names)}")
-    kept = np.sort(np.random.default_rng([seed, 8]).permutation(fitting)[:most])
+    kept = np.sort(np.random.default_rng([seed, 8]).permutation(fit_N)[:most])
     values = corpus.values({name: (name,) for name in columns})
     x, block, label = [], [], []
     for i in kept:
@@ -229,13 +229,49 @@ def read_windows(
     return Windows(np.stack(x), np.array(block), np.array(label) if columns else None)
 
 
+def signal_of(template: Mapping) -> tuple[str, float, str]:
+    """Kind, rate and unit of what a model's file has from a recording."""
+    return template["signal"]["kind"], template["signal"]["rate_hz"], template["unit"]
+
+
+def fitting(corpus: Corpus, names: Sequence[str]) -> np.ndarray:
+    """The recordings that have the channels `names`. Raises Unusable for none, and for those that differ in rate, unit or kind."""
+    found = np.array([i for i, r in enumerate(corpus.recordings) if set(names) <= set(r.names)], int)
+    if not len(found):
+        raise Unusable(f"no recording to compare with has the channels {', '.join(names)}")
+    caches = [corpus.caches[c] for c in np.unique(corpus.cache_R[found])]
+    signals = {(c.signal["kind"], c.rate_hz, c.unit) for c in caches}
+    if len(signals) > 1:
+        said = ", ".join(sorted(f"{kind} at {rate:g} Hz in {unit}" for kind, rate, unit in signals))
+        raise Unusable(f"recordings to compare with differ ({said}): give --cache with alike ones")
+    return found
+
+
+def stretches(corpus: Corpus, names: Sequence[str], seed: int) -> list[np.ndarray]:
+    """The training part of the recordings that have these channels, uncut, in physical units; at most SEARCHED samples, spans at random."""
+    fits, left, found = set(fitting(corpus, names).tolist()), SEARCHED, []
+    spans = [span for span in corpus.spans["train"] if span[0] in fits]
+    for at in np.random.default_rng([seed, 9]).permutation(len(spans)):
+        i, first, stop = spans[at]
+        cache, stop = corpus.caches[corpus.cache_R[i]], min(stop, first + left)
+        for start in range(first, stop - corpus.samples + 1, PIECE):
+            length = min(PIECE + corpus.samples - 1, stop - start)
+            x_CT = cache.read([corpus.row_R[i]], [start], length, cache.unit).x_BCT[0]
+            found.append(x_CT[[corpus.recordings[i].names.index(name) for name in names]].numpy())
+        left -= stop - first
+        if left < corpus.samples:
+            break
+    return found
+
+
 def draw_windows(
     path: str | Path, count: int, columns: Sequence[str], seed: int, nfe: int, solver: str, guidance: float
 ) -> tuple:
     """Windows of a model file, as many of each training recording, with the names of their channels: those of most recordings."""
     net, whiten, meta = generator.load_model(path)
-    names = Counter(tuple(t["names"]) for t in meta["templates"]).most_common(1)[0][0]
-    templates = [t for t in meta["templates"] if tuple(t["names"]) == names]
+    kind_of = {id(t): (tuple(t["names"]), *signal_of(t)) for t in meta["templates"]}
+    chosen = Counter(kind_of.values()).most_common(1)[0][0]
+    names, templates = chosen[0], [t for t in meta["templates"] if kind_of[id(t)] == chosen]
     edges = np.linspace(0, count, len(templates) + 1).round().astype(int)
     x, label, block = [], [], []
     for template, first, stop in zip(templates, edges[:-1], edges[1:], strict=True):
@@ -264,14 +300,14 @@ def judge_windows(
     if held is None:
         raise Unusable("there are no held-out recordings to compare with; --hold-out time compares within recordings")
     train = read_windows(corpus, "train", names, columns, quality.AMONG, seed)
-    cache = corpus.caches[0]
+    cache = corpus.caches[corpus.cache_R[fitting(corpus, names)[0]]]
     labels = dict(labels_real=held.label_N, labels_fake=fake.label_N)
     # new recordings may be of new classes, and a model may not know of these columns
     known = bool(columns) and {*held.label_N, *fake.label_N} <= {*train.label_N}
     figures = dict(real_NCL=held.x_NCL, fake_NCL=fake.x_NCL, train_NCL=train.x_NCL)
     figures |= dict(rate_hz=cache.rate_hz, block_ids=held.block_N)
     rows = quality.judge(
-        **figures, **(labels | {"labels_train": train.label_N} if known else {}),
+        **figures, among=stretches(corpus, names, seed), **(labels | {"labels_train": train.label_N} if known else {}),
         eeg=cache.signal["kind"] == "eeg", seed=seed, **options,
     )  # fmt: skip
     return rows, figures | {"unit": cache.unit} | (labels if known else {})
@@ -301,6 +337,12 @@ def judge_run(
     began, folder = time.perf_counter(), Path(model).parent
     fake, names, meta = draw_windows(model, count, columns, seed, nfe, solver, guidance)
     corpus = Corpus(real, meta["window"], 0, meta["window"], by_time, share)
+    cache = corpus.caches[corpus.cache_R[fitting(corpus, names)[0]]]
+    ours, theirs = (cache.signal["kind"], cache.rate_hz, cache.unit), {signal_of(t) for t in meta["templates"]}
+    if ours not in theirs:
+        raise Unusable(
+            f"{cache.paths[0]} holds {ours[0]} at {ours[1]:g} Hz in {ours[2]}, and {model} was trained on other signals"
+        )
     rows, figures = judge_windows(corpus, fake, names, columns, by_time, seed)
     swept = {}
     for n in sweep:

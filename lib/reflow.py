@@ -15,18 +15,32 @@ from lib import flow, generator
 from lib.errors import Unusable
 from lib.masks import uniform
 from lib.velocity import describe
+from lib.whitening import Whitening
 
 FINE = 32  # evaluations of the teacher per pair
 
 
-class Pairs:
-    """About `count` pairs of the model file `path`, spread over its templates. Raises Unusable if its conditions are not `conditions`."""
+def same_filters(a: Whitening, b: Whitening) -> bool:
+    """Whether two whitenings make the same of a signal, to rounding."""
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("taps_GK", "cross_GVV", "rhythm_GQ")]
+    return all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5, equal_nan=True) for x, y in pairs)
 
-    def __init__(self, path: str | Path, count: int, window: int, conditions: list[dict], seed: int):
+
+class Pairs:
+    """
+    About `count` pairs of the model file `path`, spread over its templates.
+
+    Raises Unusable if its conditions, windows, level or filters are others than those given: pairs live in the space that filters make.
+    """
+
+    def __init__(
+        self, path: str | Path, count: int, window: int, conditions: list[dict], seed: int, own: Whitening, level: bool
+    ):
         net, whiten, meta = generator.load_model(path)
-        if describe(net)["conditions"] != conditions or meta["window"] != window:
+        alike = describe(net)["conditions"] == conditions and (meta["window"], meta["level"]) == (window, level)
+        if not (alike and same_filters(own, whiten)):
             raise Unusable(
-                f"--reflow {path} has other conditions or windows: give the cache and flags that it was trained with"
+                f"--reflow {path} has other conditions, windows or filters: give the cache and flags that it was trained with"
             )
         each = -(-count // len(meta["templates"]))
         self.sets = []

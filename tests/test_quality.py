@@ -249,11 +249,28 @@ def test_neighbourhoods_and_kernels_against_plain_loops():
     assert twosample.frechet(x_NF, x_NF + [3, 0, 0]) == pytest.approx(9, rel=1e-6)
 
 
+def test_a_copy_is_found_wherever_in_a_recording_it_was_cut():
+    rng = np.random.default_rng(3)
+    stretches = [rng.standard_normal((2, t)).cumsum(1) for t in (1000, 300, 20)]
+    cut = [stretches[0][:, 0:64], stretches[0][:, 517:581], stretches[0][:, 936:], -2 * stretches[1][:, 99:163] + 5]
+    fake_NCL = np.stack([*cut, rng.standard_normal((2, 64)).cumsum(1)])
+    r_N, at_N = memorisation.nearest(fake_NCL, stretches)
+    assert (r_N[:4] > 0.9999).all() and at_N[:4].tolist() == [0, 0, 0, 1] and r_N[4] < 0.99
+    x_CL, best = fake_NCL[4] - fake_NCL[4].mean(1, keepdims=True), 0.0
+    for y_CT in stretches[:2]:
+        for k in range(y_CT.shape[1] - 63):
+            y_CL = y_CT[:, k : k + 64] - y_CT[:, k : k + 64].mean(1, keepdims=True)
+            best = max(best, abs((x_CL * y_CL).sum()) / np.sqrt((x_CL**2).sum() * (y_CL**2).sum()))
+    assert r_N[4] == pytest.approx(best, abs=1e-4)
+    flat = [np.zeros((2, 500)), np.ones((2, 500))]
+    assert np.abs(memorisation.nearest(fake_NCL, flat)[0]).max() < 1e-6
+
+
 def test_a_copy_is_found_at_any_shift_scale_and_sign():
     rng = np.random.default_rng(2)
     train_NCL = rng.standard_normal((30, 2, 64)).astype(np.float32)
     fake_NCL = np.stack([-3 * np.roll(train_NCL[7], 11, 1) + 1, rng.standard_normal((2, 64))]).astype(np.float32)
-    r_N, at_N = memorisation.nearest(fake_NCL, train_NCL)
+    r_N, at_N = memorisation.nearest(fake_NCL, memorisation.around(train_NCL))
     assert r_N[0] > 0.999 and at_N[0] == 7 and r_N[1] < 0.8
     found = memorisation.copies(np.r_[np.full(10, 0.99), np.full(90, 0.3)], np.full(100, 0.3))
     assert found["rate"] == 0.1 and found["chance"] < 0.01 and 0.03 < found["most"] < 0.1
