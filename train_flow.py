@@ -699,8 +699,15 @@ def score(cfg: Config, ranks: Ranks) -> dict:
     if not well_R[corpus.rows("train")].any():
         known = sorted({str(values_R[i]) for i in corpus.rows("train")})
         raise Unusable(f"--healthy {cfg.healthy}: no training recording has it; there are: {', '.join(known)}")
+    whole_R = np.array([len(corpus.good(i)) == len(r.names) for i, r in enumerate(corpus.recordings)])
+    if left_out := int((~whole_R).sum()):  # a channel of zeros is stranger than anything a brain or a machine does
+        print(f"{left_out} of {len(whole_R)} recordings have bad channels and are left out", file=sys.stderr)
+    if not all((fits & whole_R)[corpus.rows(part)].any() for part, fits in (("train", well_R), ("val", whole_R))):
+        raise Unusable(
+            "--score: all recordings to compare have bad channels: build a cache of their good ones (--channels)"
+        )
     group_R, parts = np.zeros(len(well_R), np.int64), {}
-    for name, fits in (("train", well_R), ("val", well_R | True)):
+    for name, fits in (("train", well_R & whole_R), ("val", whole_R)):
         windows = corpus.windows(name)
         row_N, start_N = windows.locate(np.arange(len(windows)))
         kept = np.array(even(np.flatnonzero(fits[row_N]).tolist(), cfg.score_windows), np.int64)
@@ -734,7 +741,7 @@ def score(cfg: Config, ranks: Ranks) -> dict:
     )
     return {
         "run": meta["run"], "step": meta["step"], "metrics": {name: row["auroc"] for name, row in table.items()},
-        "windows": len(keys), "scores": str(path), "model": cfg.model, "seconds": round(time.perf_counter() - began, 2),
+        "windows": len(keys), "left_out": left_out, "scores": str(path), "model": cfg.model, "seconds": round(time.perf_counter() - began, 2),
     }  # fmt: skip
 
 
