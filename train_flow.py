@@ -661,6 +661,8 @@ def generate(cfg: Config, ranks: Ranks) -> dict:
             found.append((template, in_unit(whiten, template, w_NCT, log_N, code_NX)))
             first += count
     flags = f"--sample {cfg.sample} --model {cfg.model} --out {cfg.out} --seed {cfg.seed} --nfe {cfg.nfe} --solver {cfg.solver}"
+    flags += f" --guidance {cfg.guidance:g}" + " --unconditional" * cfg.unconditional
+    flags += f" --given {shlex.join(cfg.given)}" if cfg.given else ""
     recordings = write_generated(cfg.out, found, meta["run"], f"python {Path(__file__).name} {flags}")
     return {
         "run": meta["run"], "step": meta["step"], "metrics": {}, "cache": cfg.out, "recordings": recordings, "windows": first,
