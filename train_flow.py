@@ -693,10 +693,10 @@ def score(cfg: Config, ranks: Ranks) -> dict:
                 f"--score: {path} holds {own[0]} at {own[1]:g} Hz in {own[2]}, and {cfg.model} was trained on other signals"
             )
     column, given, value = (cfg.healthy or "").partition("=")
-    if cfg.healthy and not (given and any(column in cache.columns() for cache in corpus.caches)):
-        raise Unusable(f"--healthy {cfg.healthy}: expected COLUMN=VALUE, of a column of the cache")
     named = corpus.values({column: (column,)}) if column else [{}] * len(corpus.recordings)
     values_R = [class_name(row.get(column)) for row in named]
+    if cfg.healthy and not (given and any(v is not None for v in values_R)):
+        raise Unusable(f"--healthy {cfg.healthy}: expected COLUMN=VALUE, of a column of the cache")
     well_R = np.array([v == (value or None) for v in values_R])
     if not well_R[corpus.rows("train")].any():
         known = sorted({str(values_R[i]) for i in corpus.rows("train")})
