@@ -370,14 +370,12 @@ def fit_heads(inference: Inference, train: Examples, most: int, transfer: Transf
 
 def fit_latency(inference: Inference, train: Examples, ids: np.ndarray) -> dict[int, np.ndarray]:
     """Fit the filter of a `latency` readout to the first target that is a time; returns, by target, what filters of other subjects say."""
-    timed = [k for k, t in enumerate(train.targets) if t.timed]
-    for k in timed[:1]:
-        y_B = train.values(ids)[:, k].astype(np.float64)
-        known_B, target = np.isfinite(y_B), train.targets[k]
-        subject_B = classical.subjects(train.cache, train.locate(ids[known_B])[0])
-        x_BET, time_s_B = inference.steps(train, ids[known_B]), target.decode(y_B[known_B]) - target.after_s
-        return {k: inference.decoder.readout.latency.fit(x_BET, time_s_B, subject_B)}
-    return {}
+    k = next(k for k, t in enumerate(train.targets) if t.timed)
+    y_B, target = train.values(ids)[:, k].astype(np.float64), train.targets[k]
+    known_B = np.isfinite(y_B)
+    subject_B = classical.subjects(train.cache, train.locate(ids[known_B])[0])
+    x_BET, time_s_B = inference.steps(train, ids[known_B]), target.decode(y_B[known_B]) - target.after_s
+    return {k: inference.decoder.readout.latency.fit(x_BET, time_s_B, subject_B)}
 
 
 def trial(decoder: Decoder, piece: Piece) -> Callable[[str], None]:

@@ -121,15 +121,8 @@ def compare(
             told_BC = np.full((len(said.row_B), max(1, len(target.classes))), np.nan)
             told_BC[known_B] = baseline.say(cache, target, row_B, start_B, examples.samples)
             ways[target.name][baseline.title] = judgement.units(target, k, told_BC, said.y_BK, said.row_B, cache)
-            if (
-                target.timed
-                and baseline.name == "latency"
-                or (
-                    not target.timed
-                    and baseline.name == "tangent_space"
-                    and baseline.recentred == (transfer == "recentre")
-                )
-            ):
+            partner = ("latency", False) if target.timed else ("tangent_space", transfer == "recentre")
+            if (baseline.name, baseline.recentred) == partner:
                 both_BC = hybrid(said.said[k], told_BC, bool(target.classes))
                 ways[target.name]["hybrid"] = judgement.units(target, k, both_BC, said.y_BK, said.row_B, cache)
     return ways, said

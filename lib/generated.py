@@ -28,7 +28,8 @@ def write_generated(directory: str | Path, windows: Iterable[tuple[dict, np.ndar
     from lib import manifest, sources  # here: they bring the readers along
 
     check_room(directory, ())
-    target, directory = Path(directory), Path(f"{directory}.half")  # the old one stays until the new one is whole
+    target = Path(directory)
+    directory = target.with_name(f"{target.name}.half")  # the old one stays until the new one is whole
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     found, parts, signal = sources.Discovery(), {}, None

@@ -328,11 +328,16 @@ def test_samples_are_a_cache_in_physical_units_that_tools_read(straight, tmp_pat
     assert len(windows) == 64
     x_BCT = windows.read(np.arange(64), "g").x_BCT
     assert x_BCT.isfinite().all() and 0.3 < float(x_BCT.std()) < 30
+    before = (tmp_path / "a" / "manifest.json").read_bytes()
+    again = Config(
+        sample=64, model=str(straight / "model.safetensors"), out=f"{tmp_path}/a/"
+    )  # as a shell completes it
     with pytest.raises(Unusable, match="rate or filter"):
-        train_flow.generate(
-            replace(Config(sample=64, model=str(straight / "model.safetensors"), out=str(tmp_path / "b"))),
-            train_flow.join("cpu"),
-        )
+        train_flow.generate(again, train_flow.join("cpu"))
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == before  # what was there is lost only to what replaces it
+    train_flow.generate(replace(again, given=("dataset=machine",), seed=1), train_flow.join("cpu"))
+    assert (tmp_path / "a" / "manifest.json").read_bytes() != before and len(Cache(tmp_path / "a").recordings)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_generated_noise_has_the_spectrum_and_the_level_of_its_recordings(caches, straight, tmp_path):
