@@ -62,6 +62,7 @@ from lib.views import Strength, draws, make_view
 
 EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw what is evaluated
 EVAL_TIMES = (0.1, 0.5, 0.9)
+SHOWN = 0.5  # share of training windows whose features --share cond shows; generated windows have none
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class Part:
     positions_BC3: torch.Tensor
     mask_BC: torch.Tensor | None  # None: every channel is good
     raw_BCT: torch.Tensor  # in the cache's unit, as an encoder takes it
+    shown_B1: torch.Tensor  # whether --share cond shows its features
     a_BCT: torch.Tensor | None  # views; None if nothing is compared
     a_mask_BC: torch.Tensor | None
     b_BCT: torch.Tensor | None
@@ -207,6 +209,7 @@ def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int,
         code_BF = torch.cat([code_BF, rhythm_BX], 1)
         u_BF = torch.from_numpy(uniform(cfg.seed, step, index, target.code_RF.shape[1] + 1, "flow drop"))
         code_BF = conditions.dropped(code_BF, u_BF, drop)
+        shown_B1 = torch.from_numpy(uniform(cfg.seed, step, index, 1, "flow look") < SHOWN) & (step != EVAL_STEP)
         t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
         x0_BCT = flow.draw_noise(cfg.seed, step, index, x1_BCT.shape[1:])
         raw_BCT = part.x_BCT[:, :, corpus.before :].contiguous()
@@ -220,7 +223,9 @@ def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int,
                 how = (rate_hz, Strength(**some), draws(cfg.seed, step, index + v * cfg.batch))
                 x_BCT, seen_BC = make_view(raw_BCT, part.positions_BC3, good_BC, *how)
                 views[2 * v : 2 * v + 2] = x_BCT, None if seen_BC.all() else seen_BC
-        parts.append(Part(x1_BCT, x0_BCT, t_B, code_BF, part.positions_BC3, part.mask_BC, raw_BCT, *views, index))
+        parts.append(
+            Part(x1_BCT, x0_BCT, t_B, code_BF, part.positions_BC3, part.mask_BC, raw_BCT, shown_B1, *views, index)
+        )
     return parts
 
 
@@ -231,7 +236,8 @@ def paired(pairs: Pairs, index_B: np.ndarray, cfg: Config, micro: int, step: int
         u_BF = torch.from_numpy(uniform(cfg.seed, step, index, conditioned + 1, "flow drop"))
         t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
         code_BF = conditions.dropped(code_BF, u_BF, cfg.drop)
-        parts.append(Part(x1_BCT, x0_BCT, t_B, code_BF, positions_BC3, None, x1_BCT, *[None] * 4, index))
+        shown_B1 = torch.zeros(len(index), 1, dtype=torch.bool)
+        parts.append(Part(x1_BCT, x0_BCT, t_B, code_BF, positions_BC3, None, x1_BCT, shown_B1, *[None] * 4, index))
     return parts
 
 
@@ -269,9 +275,8 @@ class Model(nn.Module):
         """Flow loss of each window, and how unlike the encoder's its tokens are (B) if they should imitate them."""
         x_BCT = flow.between(part.x0_BCT, part.x1_BCT, part.t_B)
         signal, seen_BD = (part.raw_BCT, part.positions_BC3, part.mask_BC), None
-        if self.share == "cond":  # dropped where all conditions were
-            kept_B1 = part.code_BF.isfinite().any(1, keepdim=True)
-            seen_BD = torch.where(kept_B1, mean_of(self.encoder(*signal), part.mask_BC), 0.0)
+        if self.share == "cond":
+            seen_BD = torch.where(part.shown_B1, mean_of(self.encoder(*signal), part.mask_BC), 0.0)
         out_BCT, z_BND = self.net(x_BCT, part.t_B, part.code_BF, part.positions_BC3, part.mask_BC, seen_BD)
         v_BCT = flow.to_velocity(out_BCT.float(), x_BCT, part.t_B, predict)
         loss_B = flow.loss_flow(v_BCT, part.x0_BCT, part.x1_BCT, part.mask_BC)
@@ -720,9 +725,12 @@ def score(cfg: Config, ranks: Ranks) -> dict:
         target = Target(corpus, own, own_R, code_RF, corpus.places(own.channels))
         drawn = draw(target, row_N[kept], start_N[kept], np.arange(len(kept)), cfg, 64, EVAL_STEP, 0.0)
         parts[name] = row_N[kept][np.concatenate([p.index_B for p in drawn])], drawn
-    rates = {corpus.rate_hz(i) for row_N, _ in parts.values() for i in row_N}
-    if len(rates) > 1 or len({p.x1_BCT.shape[1] for _, drawn in parts.values() for p in drawn}) > 1:
-        raise Unusable("--score: recordings differ in rate or channels: give --cache with alike ones")
+    rates, montages = (
+        {of(i) for row_N, _ in parts.values() for i in row_N}
+        for of in (corpus.rate_hz, lambda i: tuple(corpus.recordings[i].names))
+    )
+    if len(rates) > 1 or len(montages) > 1:
+        raise Unusable("--score: recordings differ in rate or channels: give --cache with alike ones (--channels)")
     if min(len(row_N) for row_N, _ in parts.values()) < 2 * anomaly.NEIGHBOURS:
         raise Unusable(
             f"--score: too few windows to compare with, {[len(row_N) for row_N, _ in parts.values()]} (--healthy {cfg.healthy})"

@@ -104,7 +104,7 @@ class Velocity(nn.Module):
         self.last = nn.Linear(self.widths[0], self.strides[0])
         self.time = nn.Sequential(nn.Linear(2 * WAVES_T, shape.condition), nn.SiLU(), nn.Linear(shape.condition, shape.condition))  # fmt: skip
         self.given = Conditioning(conditions, shape.condition)
-        self.look = nn.Linear(d, shape.condition) if shape.look else None
+        self.look = nn.Linear(d, shape.condition, bias=False) if shape.look else None  # so that no features add nothing
         self.sizes = [w for w in widths for _ in range(2 * shape.blocks)] * 2 + [self.widths[0]] * 2
         self.modulate = nn.Linear(shape.condition, 3 * d * a.layers + sum(self.sizes))
         for layer in (self.modulate, self.last):

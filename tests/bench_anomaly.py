@@ -36,6 +36,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     cache, rng = Cache(flags.cache), np.random.default_rng(flags.seed)
+    if not any(v is not None and v == v for v in cache.column(flags.column)):
+        parser.error(
+            f"--column {flags.column}: no recording of {flags.cache} has one; there are {', '.join(cache.columns())}"
+        )
     windows = cache.windows(None, flags.samples / cache.rate_hz, flags.samples / cache.rate_hz)
     row_N, start_N = windows.locate(np.arange(len(windows)))
     value_N = np.array([str(v) for v in cache.column(flags.column)])[row_N]
@@ -57,6 +61,8 @@ def main() -> None:
         tables[strange] = anomaly.table(scores, strange_N[judged], block_N[judged], flags.seed)
         for name, row in tables[strange].items():
             print(f"{strange:26}{name:28}{row['auroc']:7.3f} ({row['low']:.3f} – {row['high']:.3f})", flush=True)
+    if not tables:
+        parser.error(f"--column {flags.column} has one value, or one side of the split has: nothing to tell apart")
     print(json.dumps(tables))
 
 

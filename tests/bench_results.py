@@ -170,7 +170,7 @@ def build(cfg: Config, name: str, held_out: set[str] = frozenset(), others: set[
             for k, subjects in split.items()
         }
         if any(own.values()):  # else the hash of names would put people aside that are in no fold
-            text += "\n[split]\n" + "".join(f"{k} = {json.dumps(names)}\n" for k, names in own.items())
+            text += "\n[split]\n" + "".join(f"{k} = {json.dumps(names)}\n" for k, names in own.items() if names)
         (rules / f"{corpus}.toml").write_text(text)
     words = ["--source", *(cfg.data / c for c in cfg.corpora), "--dataset", *(rules / f"{c}.toml" for c in cfg.corpora)]
     words += ["--cache", cfg.folder / name, "--rate-hz", cfg.rate_hz, "--band-hz", *cfg.band_hz]

@@ -16,13 +16,14 @@ from scipy.signal import lfilter
 import train_flow
 from lib import flow, generator
 from lib.cache import Cache
+from lib.corpus import Corpus
 from lib.edf import write_edf
 from lib.errors import Failed, Unusable
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
 from lib.run import MEASURED
 from tests import recipes
 from tests.test_jepa import log
-from train_flow import Config, main
+from train_flow import EVAL_STEP, Config, draw, fit_target, main
 
 TINY = dict(
     window=128,
@@ -217,6 +218,19 @@ def test_nan_is_skipped_named_and_rolled_back_and_the_run_gives_up_with_a_dump(c
         main(config(caches[1:], tmp_path / "always", calibrate=0))
     dump = json.loads((tmp_path / "always" / "failed.json").read_text())
     assert dump["rollbacks"] == 3 and dump["lr_scale"] < 1
+
+
+def test_what_is_looked_at_is_hidden_from_half_of_training_and_from_all_evaluation(caches):
+    cfg = config(caches[1:], "unused", share="cond")
+    corpus = Corpus(cfg.cache, cfg.window, cfg.whiten_order, cfg.stride, False, 0.6)
+    target, *_ = fit_target(cfg, corpus)
+    windows = corpus.windows("train").locate(np.arange(64) % len(corpus.windows("train")))
+
+    def shown(step: int) -> np.ndarray:
+        return torch.cat([p.shown_B1 for p in draw(target, *windows, np.arange(64), cfg, 0, step, 0.0)]).numpy()
+
+    assert 0.25 < shown(3).mean() < 0.75 and (shown(3) != shown(4)).any()
+    assert not shown(EVAL_STEP).any()
 
 
 @pytest.mark.parametrize("share", ["cond", "repa", "none"])

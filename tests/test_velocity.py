@@ -118,6 +118,7 @@ def test_conditions_level_and_time_all_matter_and_null_is_no_class():
         assert not torch.allclose(out(other), base, atol=1e-3)
     assert not torch.allclose(out([0.0] * 3, t + 0.2), base, atol=1e-3)
     assert not torch.allclose(out([0.0] * 3, t, seen + 1), base, atol=1e-3)
+    assert torch.equal(out([0.0] * 3, t, None), base)  # samples have no features, half of the training windows zeros
 
 
 @pytest.mark.parametrize(
