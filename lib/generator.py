@@ -68,10 +68,16 @@ def load_model(path: str | Path) -> tuple[Velocity, Whitening, dict]:
     tensors, meta = load_tensors(path)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
-    net = rebuild(meta)
-    net.load_state_dict({k.removeprefix("net."): t for k, t in tensors.items() if k.startswith("net.")})
     own = {k.removeprefix("whiten."): t for k, t in tensors.items() if k.startswith("whiten.")}
-    return net.eval().requires_grad_(False), restore(meta["groups"], own, meta.get("channels", ())), meta
+    try:
+        net, whiten = rebuild(meta), restore(meta["groups"], own, meta.get("channels", ()))
+        net.load_state_dict({k.removeprefix("net."): t for k, t in tensors.items() if k.startswith("net.")})
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise Unusable(
+            f"{path} was written by another version of lib/velocity.py ({reason}); train it again"
+        ) from error
+    return net.eval().requires_grad_(False), whiten, meta
 
 
 def fitting(net: Velocity, meta: dict, given: dict[str, float]) -> list[dict]:

@@ -4,7 +4,8 @@ What pretraining is worth: frozen features of encoders that never saw a subject,
     python tests/bench_results.py                                      # every set, one seed, about an hour on two cores
     python tests/bench_results.py --sets eegmat --seeds 0 1 2          # one set, several seeds
     python tests/bench_results.py --flags "" mask=random "ema=1 lr=3e-4" --no-baselines # ablation: rows of train_jepa.py's flags
-    python tests/bench_results.py --sets eegmat --aligned "pairs=task:1" # train_contrastive.py's goes on from what was pretrained
+    python tests/bench_results.py --sets eegmat --aligned "pairs=task:1" # train_contrastive.py goes on from what was pretrained
+    python tests/bench_results.py --sets eegmat --flows "steps=300" --few 5 # so does train_flow.py; five labels a class, too
 
 The subjects of every data set are dealt into folds. Per fold, flags and seed, train_jepa.py runs once on all data sets without that
 fold's subjects (a [split] in dataset.toml keeps them out) and linear models are fitted on the labels of the same others; the
@@ -51,6 +52,7 @@ warnings.filterwarnings(
 WINDOW_S, STRIDE_S = 4.0, 2.0
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 RESAMPLES = 2000  # of the subjects, for intervals
+DRAWS = 10  # of few labels
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Config:
     data: Path = Path(os.environ.get("BERGER_DATA", ROOT.parent / "shared" / "data"))  # where they are
     flags: tuple[str, ...] = ("",)  # of train_jepa.py as name=value, one string per row of the ablation table
     aligned: tuple[str, ...] = ()  # of train_contrastive.py as name=value value, from what each of `flags` has given
+    flows: tuple[str, ...] = ()  # of train_flow.py's, the same way; --window is that of the sets
+    few: int = 0  # labelled windows of each class, to fit on so few as well; 0: don't
     steps: int = 400  # of pretraining
     seeds: tuple[int, ...] = (0,)
     folds: int = 5  # a pretraining per fold, flags and seed
@@ -222,6 +226,14 @@ def align(cfg: Config, cache: Path, seed: int, flags: str, init: Path) -> Path:
     return trained_by(cfg, "train_contrastive.py", words, f"{cache.name}, seed {seed}: aligning {flags}")
 
 
+def generate(cfg: Config, cache: Path, seed: int, flags: str, init: Path) -> Path:
+    """encoder.safetensors of one run of train_flow.py that starts from another, whose blocks are the trunk of the flow."""
+    words = ["--cache", cache, "--seed", seed, "--init", init, "--window", round(WINDOW_S * cfg.rate_hz)]
+    words += ["--stride", round(STRIDE_S * cfg.rate_hz), *words_of(flags)]
+    words += ["--eval-every", 0, "--save-every", 0, "--calibrate", 0, "--val-windows", 64]
+    return trained_by(cfg, "train_flow.py", words, f"{cache.name}, seed {seed}: flow {flags}")
+
+
 def trained_by(cfg: Config, script: str, words: list, said: str) -> Path:
     """encoder.safetensors of a run on the cache `words[1]`, kept from an earlier call where nothing has changed, who is in it included."""
     known = [code(), script, *map(str, words), cfg.corpora, cfg.folds, content(words[1])]
@@ -281,6 +293,16 @@ def guess(x_BF: np.ndarray, task: Task, fit_B: np.ndarray) -> np.ndarray:
     else:  # too few people to choose it by
         model = LogisticRegression(C=PENALTIES[1], class_weight="balanced")
     return model.fit(fit_BF, y_B).predict(rest_BF)
+
+
+def guess_few(x_BF: np.ndarray, task: Task, fit_B: np.ndarray, few: int, draw: int) -> np.ndarray:
+    """Labels from `few` labelled windows of each class, drawn from those of the fit; for one draw and set the same whatever the features."""
+    rng, chosen_B = np.random.default_rng([draw, int(fit_B.sum())]), np.zeros_like(fit_B)
+    for label in np.unique(task.y_B):
+        chosen_B[rng.permutation(np.flatnonzero(fit_B & (task.y_B == label)))[:few]] = True
+    scaler = StandardScaler().fit(x_BF[chosen_B])
+    model = LogisticRegression(C=PENALTIES[1]).fit(scaler.transform(x_BF[chosen_B]), task.y_B[chosen_B])
+    return model.predict(scaler.transform(x_BF[~fit_B]))
 
 
 def right_SK2(guess_B: np.ndarray, task: Task) -> np.ndarray:
@@ -373,18 +395,25 @@ def tell(task: Task, way: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray
     return right_SK2(told_B, task)
 
 
-def linear(task: Task, x_BF_of: list[np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Counts of linear models of the features that each fold has, as they are and re-centred."""
-    ways = {name: tell(task, lambda fit_B, fold: guess(x_BF_of[fold], task, fit_B))}
+def linear(task: Task, x_BF_of: list[np.ndarray], name: str, few: int) -> dict[str, np.ndarray]:
+    """Counts of linear models of the features that each fold has, as they are and re-centred, of all labels and of few."""
+    ways, of = {}, {name: x_BF_of}
     if task.mixed:
-        centred_of = [recentred(x_BF, task.subject_B) for x_BF in x_BF_of]
-        ways[f"{name}, re-centred"] = tell(task, lambda fit_B, fold: guess(centred_of[fold], task, fit_B))
+        of[f"{name}, re-centred"] = [recentred(x_BF, task.subject_B) for x_BF in x_BF_of]
+    for way, x_of in of.items():
+        ways[way] = tell(task, lambda fit_B, fold, x_of=x_of: guess(x_of[fold], task, fit_B))
+        if few:
+            each = (
+                tell(task, lambda fit_B, fold, x_of=x_of, draw=draw: guess_few(x_of[fold], task, fit_B, few, draw))
+                for draw in range(DRAWS)
+            )
+            ways[f"{way}, few"] = sum(each)
     return ways
 
 
 def baselines(cfg: Config, name: str, task: Task) -> dict[str, np.ndarray]:
     """Counts of what one would otherwise use, by name."""
-    ways = linear(task, [log_band_power(task)] * cfg.folds, "band power")
+    ways = linear(task, [log_band_power(task)] * cfg.folds, "band power", cfg.few)
     if len(task.cache.recordings[task.row_B[0]].names) > 1:
         plain_BF, aligned_BF = tangent_space(task, aligned=False), tangent_space(task, aligned=True)
         ways["tangent space"] = tell(task, lambda fit_B, _: guess(plain_BF, task, fit_B))
@@ -460,14 +489,16 @@ def main(cfg: Config) -> dict:
             name: [pretrain(cfg, c, seed, flags, name == untrained) for c in caches] for name in (untrained, trained)
         }
         start_of[trained] = untrained
-        for more in cfg.aligned:
-            name = f"aligned {more} {flags}".strip()
+        goes_on = [("aligned", align, more) for more in cfg.aligned] + [("flow", generate, more) for more in cfg.flows]
+        for what, train, more in goes_on:
+            name = f"{what} {more} {flags}".strip()
             inits = zip(caches, paths_of[trained], strict=True)
-            paths_of[name], start_of[name] = [align(cfg, cache, seed, more, init) for cache, init in inits], trained
+            paths_of[name], start_of[name] = [train(cfg, cache, seed, more, init) for cache, init in inits], trained
         for (name, paths), (task_name, task) in itertools.product(paths_of.items(), tasks.items()):
-            for way, right_SK2 in linear(task, [encode(task, path) for path in paths], name).items():
+            for way, right_SK2 in linear(task, [encode(task, path) for path in paths], name, cfg.few).items():
                 ways[task_name].setdefault(way, []).append(right_SK2)
-    start_of |= {f"{name}, re-centred": f"{start}, re-centred" for name, start in start_of.items()}
+    for kind in (", re-centred", ", few"):
+        start_of |= {name + kind: start + kind for name, start in start_of.items()}
     results = {name: score(each, start_of) for name, each in ways.items()}
     for name, task in tasks.items():
         print(

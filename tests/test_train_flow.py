@@ -21,6 +21,7 @@ from lib.edf import write_edf
 from lib.errors import Failed, Unusable
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
 from lib.run import MEASURED
+from lib.tensors import load_tensors, save_tensors
 from tests import recipes
 from tests.test_jepa import log
 from train_flow import EVAL_STEP, Config, draw, fit_target, main
@@ -442,6 +443,15 @@ def test_samples_are_judged_after_training(caches, tmp_path):
     assert (
         Path(results["report"]).exists() and results["metrics"]["quality_class_accuracy"] > 0.8 and results["verdict"]
     )
+
+
+def test_models_of_another_version_are_refused_in_one_line(straight, tmp_path):
+    tensors, meta = load_tensors(straight / "model.safetensors")
+    for name, change in (("whiten.older_G", {}), ("net.older", {}), ("net.last.weight", {"groups": []})):
+        path = tmp_path / "model.safetensors"
+        save_tensors(path, tensors | {name: torch.zeros(2)}, meta | change)
+        with pytest.raises(Unusable, match="another version of lib/velocity.py.*train it again"):
+            generator.load_model(path)
 
 
 def test_flow_module_and_file_agree_on_what_noise_samples_begin_with(straight):
