@@ -130,7 +130,7 @@ class Config(RunConfig):
     clip: float = 1.0  # largest gradient norm
     # evaluation
     val_pairs: int = 256  # pairs of the val split for val_loss
-    film_subjects: int = 32  # of train and of val, evenly, whose movies are evaluated before and after
+    film_subjects: int = 32  # of train and of val, evenly, whose movies are evaluated before and after; 0: none
     film_step_s: float = 1.0  # between the moments that are told apart
     probe_windows: int = 400  # windows of the train and val splits for the linear probe
     keep: int = 3  # encoders of lowest val_loss kept in best/ beside the last one
@@ -390,7 +390,7 @@ def main(cfg: Config) -> dict | None:
         films = Films(cache, train, held or train, cfg.window_s, cfg.film_step_s, cfg.film_subjects, cfg.max_channels)
         if not films.names:
             run.say("no movie that two held-out subjects saw: no retrieval and no inter-subject correlation")
-    if state["step"] == 0:  # what training starts from, to compare with
+    if run.fresh:  # what training starts from, to compare with
         if ranks.first:
             values = evaluate(model, val, cfg, state["dtype"], cache) if val else {}
             state["untrained"] = {name: values.get(name) for name in ("feature_rank", "feature_std")}

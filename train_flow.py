@@ -70,6 +70,9 @@ class Config(RunConfig):
     # instead of training
     sample: int = 0  # windows to generate by --model into the cache --out; 0: train
     judge: int = 0  # samples to hold against held-out windows of --cache (report.html): after training, or of --model
+    open_test: bool = (
+        False  # --judge of --model on the test split's recordings as well: once, when nothing is left to choose
+    )
     score: bool = False  # how strange --model finds the held-out windows of --cache
     healthy: str | None = (
         None  # column=value of recordings that aren't, for --score; none: there are no others to tell apart
@@ -351,6 +354,10 @@ def check(cfg: Config, ranks: Ranks) -> None:
         raise Unusable("--solver midpoint takes two evaluations a step: --nfe 2 or more")
     if 0 < cfg.judge < FEWEST:
         raise Unusable(f"--judge {cfg.judge}: fewer than {FEWEST} windows can't be judged")
+    if cfg.open_test and not (cfg.judge and cfg.model and cfg.hold_out == "subject"):
+        raise Unusable(
+            "--open-test goes with --judge of a --model, by subject: training and choosing are done without it"
+        )
     if cfg.judge and (cfg.unconditional or cfg.given):
         raise Unusable(
             "--judge is of windows with the conditions of their recordings: leave --unconditional and --given out"
@@ -487,8 +494,9 @@ def main(cfg: Config) -> dict | None:
     forward = torch.compile(model) if cfg.compile else model
     if ranks.first:
         ids = np.linspace(0, len(val) - 1, min(cfg.val_windows, len(val))).astype(np.int64)
-        val_parts = draw(target, *val.locate(ids), np.arange(len(ids)), cfg, cfg.micro or 64, EVAL_STEP, 0.0)
-    if state["step"] == 0:  # what the untrained network gives, and a state to go back to
+        plain = replace(cfg, contrast=0.0)  # no views
+        val_parts = draw(target, *val.locate(ids), np.arange(len(ids)), plain, cfg.micro or 64, EVAL_STEP, 0.0)
+    if run.fresh:  # what the untrained network gives, and a state to go back to
         if ranks.first:
             run.log(0, **evaluate(model, ema, val_parts, cfg, state["dtype"]))
         run.save(state, modules, optimizer)
@@ -547,7 +555,7 @@ def main(cfg: Config) -> dict | None:
             bar.update(state["step"] - step)
             continue
         tokens = sum(p.x1_BCT.shape[:2].numel() for p in parts) * -(-cfg.window // patch)
-        pace.add(began, cfg.batch, tokens)
+        pace.add(began, cfg.batch, tokens * ranks.world)
         bar.update()
 
         state["step"] = done = step + 1
@@ -680,7 +688,13 @@ def judge(cfg: Config, model: str, lines: Sequence[dict] = ()) -> dict:
     """Samples of a model beside held-out windows and floors, written as metrics.json and report.html beside it."""
     from lib.quality_report import judge_run  # here: it brings scikit-learn and matplotlib along
 
-    held = dict(by_time=cfg.hold_out == "time", share=cfg.train_share, columns=cfg.label, count=cfg.judge)
+    held = dict(
+        by_time=cfg.hold_out == "time",
+        open_test=cfg.open_test,
+        share=cfg.train_share,
+        columns=cfg.label,
+        count=cfg.judge,
+    )
     how = dict(nfe=cfg.nfe, solver=cfg.solver, guidance=cfg.guidance, seed=cfg.seed)
     return judge_run(model, cfg.cache, **held, **how, log=lines, command=shlex.join(["python", *sys.argv]))
 
@@ -743,7 +757,7 @@ def score(cfg: Config, ranks: Ranks) -> dict:
     keys = [corpus.recordings[i].key for i in row_N]
     table = {}
     if not well_R[row_N].all() and well_R[row_N].any():
-        table = anomaly.table(scores, ~well_R[row_N], keys, cfg.seed)
+        table = anomaly.table(scores, ~well_R[row_N], [corpus.block(i) for i in row_N], cfg.seed)
     told = {name: {"value": s.value_N.tolist(), "error": s.error_N.tolist()} for name, s in scores.items()}
     path = Path(cfg.model).with_name("scores.json")
     write_atomic(

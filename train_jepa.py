@@ -350,7 +350,7 @@ def main(cfg: Config) -> dict | None:
         val_parts = draw(val, ids, np.arange(len(ids)), cfg, cfg.micro, patch, EVAL_STEP)
         groups = [cache.recordings[i].subject for i in val.locate(ids)[0]], stimuli(val, ids)
         probe = Probe(cache, cfg.window_s, cfg.stride_s, cfg.probe_windows, cfg.max_channels, told)
-    if not state["untrained"]:  # what the untrained encoder gives is a baseline too, and a state to go back to
+    if run.fresh:  # what the untrained encoder gives is a baseline too, and a state to go back to
         values = evaluate(model, teacher, val_parts, state["dtype"], *groups) if ranks.first else {}
         state["untrained"] = ranks.agree({name: values.get(name) for name in ("feature_rank", "feature_std")})
         if ranks.first:

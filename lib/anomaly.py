@@ -1,8 +1,8 @@
 """
 Is this window of the healthy machine, or the usual state? Scores of a flow, and beside them the plain ones that they have to beat.
 
-Every score is larger for stranger windows and comes with its standard error, where it is estimated by draws. Three sets go in: `healthy` windows,
-which scores are fitted on (and the flow was trained on), held-out healthy windows (`reference`), which scale them, and the windows to be judged.
+Every score is larger for stranger windows and comes with its standard error, where it is estimated by draws. Two sets go in: `healthy` windows,
+which scores are fitted on and scaled by (`reference`; the flow was trained on them, too), and the windows to be judged.
 
 Shape letters: N windows, C channels, L samples, F features, D draws of noise.
 """
@@ -127,9 +127,9 @@ def table(
     scores: Mapping[str, Score], strange_N: np.ndarray, block_N: Sequence, seed: int = 0, resamples: int = 300
 ) -> dict[str, dict[str, float]]:
     """
-    Of each score the area under the ROC curve with its 95 % interval over resampled recordings, and the difference to the baseline with its own.
+    Of each score the area under the ROC curve with its 95 % interval over resampled blocks (subjects; of machines recordings), and the difference to the baseline with its own.
 
-    A resample without strange, or without usual, recordings has no curve and doesn't count. `error` is the median standard error in
+    A resample without strange, or without usual, blocks has no curve and doesn't count. `error` is the median standard error in
     deviations of the usual windows' scores.
     """
     block_N = np.asarray(block_N)

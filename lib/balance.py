@@ -20,8 +20,8 @@ class Balance(nn.Module):
 
     gradnorm: weights whose gradients at the last shared layer are in the proportions of the shares, times how little each loss has fallen
     (Chen 2018, equation 2; weights are moved towards that in logarithms rather than by their own gradient, which takes as many steps
-    whatever the losses' scales; they add up to what the shares do). uncertainty: exp(-s) x loss + s, s learned (Kendall 2018), never a
-    free factor, whose minimum is 0.
+    whatever the losses' scales; they add up to what the shares do). uncertainty: the shares' sum of exp(-s) x loss + s, s learned
+    (Kendall 2018), never a free factor, whose minimum is 0; scales of the losses are undone, shares stay.
     """
 
     def __init__(self, names: tuple[str, ...], shares: tuple[float, ...], mode: str):
@@ -67,6 +67,6 @@ class Balance(nn.Module):
         """
         if self.mode != "uncertainty":
             return 0.0
-        loss = self.share * torch.tensor(losses, dtype=torch.float32, device=self.share.device)
-        self.log_variance.grad = 1 - torch.exp(-self.log_variance) * loss
-        return float(self.log_variance.sum())
+        loss = torch.tensor(losses, dtype=torch.float32, device=self.share.device)
+        self.log_variance.grad = self.share * (1 - torch.exp(-self.log_variance) * loss)
+        return float((self.share * self.log_variance).sum())

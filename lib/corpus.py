@@ -65,6 +65,11 @@ class Corpus:
         """Its sampling rate."""
         return self.caches[self.cache_R[recording]].rate_hz
 
+    def block(self, recording: int) -> str:
+        """What intervals are over: the subject of EEG, the recording of anything else."""
+        found = self.recordings[recording]
+        return found.subject if self.caches[self.cache_R[recording]].signal["kind"] == "eeg" else found.key
+
     def values(self, columns: Mapping[str, Sequence[str]]) -> list[dict]:
         """For every recording the value of each of `columns` (name: columns joined with a blank); none where one is missing."""
         tables = [{name: cache.column(name) for words in columns.values() for name in words} for cache in self.caches]

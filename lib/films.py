@@ -57,6 +57,8 @@ class Films:
                 name: _some(rows, starts, subjects)
                 for name, (rows, starts) in movie_moments(cache, part, window_s, step_s).items()
             }
+            if subjects > 1
+            else {}
             for part in (held, train)
         )
         self.names = sorted(self.held)

@@ -22,7 +22,7 @@ from lib.store import write_atomic
 
 SEARCHED, PIECE = 1 << 22, 1 << 17  # samples of training recordings that copies are looked for in, and of one read
 SHOWN, DRAWS = 4, 40  # windows in a figure, and draws of a floor's band
-FEWEST_BLOCKS = 4  # held-out recordings or subjects; with fewer in val, those of test are judged with them
+FEWEST_BLOCKS = 4  # held-out recordings or subjects; with fewer the verdict says how few
 WORDS = (
     "Floors are real windows in the generated ones' place: iid, windows of the same recordings; block, of other recordings. Surrogates know nothing "
     "but spectra. Skill: 1 real, 0 a surrogate, – where the metric can't tell a surrogate. = within the 95 % of the first floor, ~ of the second."
@@ -222,7 +222,7 @@ def read_windows(
         recording, cache = corpus.recordings[row_N[i]], corpus.caches[corpus.cache_R[row_N[i]]]
         batch = cache.read([corpus.row_R[row_N[i]]], [start_N[i]], corpus.samples, cache.unit)
         x.append(batch.x_BCT[0, [recording.names.index(name) for name in names]].numpy())
-        block.append(recording.subject if cache.signal["kind"] == "eeg" else recording.key)
+        block.append(corpus.block(row_N[i]))
         own = values[row_N[i]]
         own = own | ({"subject": digest(str(own["subject"]))} if "subject" in own else {})  # as model files have them
         label.append(label_of(own, columns))
@@ -286,19 +286,26 @@ def draw_windows(
 
 
 def judge_windows(
-    corpus: Corpus, fake: Windows, names: Sequence[str], columns: Sequence[str], by_time: bool, seed: int, **options
+    corpus: Corpus,
+    fake: Windows,
+    names: Sequence[str],
+    columns: Sequence[str],
+    seed: int,
+    open_test: bool = False,
+    **options,
 ) -> tuple[dict[str, quality.Row], dict]:
     """
     The table of generated windows, held against the held-out part of a corpus, and what `write` needs for its figures.
 
-    The held-out part is val: the end of each recording by time, or the val split, joined by test where val has few blocks.
+    The held-out part is val: the end of each recording by time, or the val split; with `open_test` the test split's recordings as well.
     """
-    held = read_windows(corpus, "val", names, columns, 2 * quality.MOST, seed) if corpus.spans["val"] else None
-    if not by_time and corpus.spans["test"] and (held is None or len(np.unique(held.block_N)) < FEWEST_BLOCKS):
-        more = read_windows(corpus, "test", names, columns, 2 * quality.MOST, seed)
-        held = more if held is None else joined(held, more)
-    if held is None:
-        raise Unusable("there are no held-out recordings to compare with; --hold-out time compares within recordings")
+    parts = [part for part in ("val", "test")[: 1 + open_test] if corpus.spans[part]]
+    if not parts:
+        raise Unusable(
+            "there are no held-out recordings to compare with; --hold-out time compares within recordings, and "
+            "--judge of a --model with --open-test takes those of the test split"
+        )
+    held = joined([read_windows(corpus, part, names, columns, 2 * quality.MOST, seed) for part in parts])
     train = read_windows(corpus, "train", names, columns, quality.AMONG, seed)
     cache = corpus.caches[corpus.cache_R[fitting(corpus, names)[0]]]
     labels = dict(labels_real=held.label_N, labels_fake=fake.label_N)
@@ -318,6 +325,7 @@ def judge_run(
     real: Sequence[str | Path],
     *,
     by_time: bool,
+    open_test: bool = False,
     share: float = 0.6,
     columns: Sequence[str] = (),
     count: int = quality.MOST,
@@ -332,7 +340,8 @@ def judge_run(
     """
     Judge windows of a model file against the held-out part of caches; writes metrics.json and report.html beside it.
 
-    `sweep` are numbers of evaluations that a quarter of the windows is judged at too, without networks. Returns what a command prints.
+    `sweep` are numbers of evaluations that a quarter of the windows is judged at too, without networks. `open_test`: with the test
+    split's recordings, too. Returns what a command prints.
     """
     began, folder = time.perf_counter(), Path(model).parent
     fake, names, meta = draw_windows(model, count, columns, seed, nfe, solver, guidance)
@@ -343,13 +352,26 @@ def judge_run(
         raise Unusable(
             f"{cache.paths[0]} holds {ours[0]} at {ours[1]:g} Hz in {ours[2]}, and {model} was trained on other signals"
         )
-    rows, figures = judge_windows(corpus, fake, names, columns, by_time, seed)
+    how = names, columns, seed, open_test
+    rows, figures = judge_windows(corpus, fake, *how)
     swept = {}
     for n in sweep:
         some, _, _ = draw_windows(model, max(2 * quality.FEWEST, count // 4), columns, seed, n, solver, guidance)
-        swept[n], _ = judge_windows(corpus, some, names, columns, by_time, seed, network=False, legacy=False)
-    verdict = quality.gate(rows)
-    told = {"verdict": verdict, "nfe": nfe, "solver": solver, "guidance": guidance, "table": rows, "sweep": swept}
+        swept[n], _ = judge_windows(corpus, some, *how, network=False, legacy=False)
+    verdict, blocks = quality.gate(rows), len(np.unique(figures["block_ids"]))
+    if blocks < FEWEST_BLOCKS:
+        verdict += f" Only {blocks} held out: so few say little of others."
+    if open_test:
+        verdict += " The test split was opened for this: choose nothing by it."
+    told = {
+        "verdict": verdict,
+        "held_out": blocks,
+        "nfe": nfe,
+        "solver": solver,
+        "guidance": guidance,
+        "table": rows,
+        "sweep": swept,
+    }
     write_atomic(folder / "metrics.json", json_line(told).encode())
     write(
         folder / "report.html", f"Flow {meta['run']}", rows, **figures, sweep=swept, log=log, command=command, seed=seed
@@ -366,7 +388,7 @@ def label_of(values: Mapping, columns: Sequence[str]) -> str:
     return " ".join(str(values[name]) for name in columns) if all(name in values for name in columns) else ""
 
 
-def joined(a: Windows, b: Windows) -> Windows:
-    """Both."""
-    label_N = None if a.label_N is None else np.concatenate([a.label_N, b.label_N])
-    return Windows(np.concatenate([a.x_NCL, b.x_NCL]), np.concatenate([a.block_N, b.block_N]), label_N)
+def joined(parts: Sequence[Windows]) -> Windows:
+    """All of them."""
+    label_N = None if parts[0].label_N is None else np.concatenate([p.label_N for p in parts])
+    return Windows(np.concatenate([p.x_NCL for p in parts]), np.concatenate([p.block_N for p in parts]), label_N)

@@ -232,6 +232,11 @@ class Run:
     def _best(self, step: int) -> Path:
         return self.directory / "best" / f"step-{step:06d}.safetensors"
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no state of the run was saved yet, by this process or the one it resumes: what comes before the first step is due."""
+        return self._saved is None
+
     def save(
         self, state: dict, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, on_time: bool = True
     ) -> None:

@@ -43,7 +43,8 @@ def main() -> None:
     windows = cache.windows(None, flags.samples / cache.rate_hz, flags.samples / cache.rate_hz)
     row_N, start_N = windows.locate(np.arange(len(windows)))
     value_N = np.array([str(v) for v in cache.column(flags.column)])[row_N]
-    block_N = np.array([cache.recordings[i].key for i in row_N])
+    people = cache.signal["kind"] == "eeg"  # intervals are over them; over recordings of machines
+    block_N = np.array([cache.recordings[i].subject if people else cache.recordings[i].key for i in row_N])
     if flags.hold_out == "time":
         late_N = start_N >= 0.6 * np.array([cache.recordings[i].samples for i in row_N])
     else:

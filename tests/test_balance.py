@@ -50,20 +50,20 @@ def test_gradnorm_undoes_the_scale_of_a_loss():
 
 
 def test_uncertainty_undoes_the_scale_of_a_loss_and_does_not_vanish():
-    small, _, _ = train("uncertainty", 1.0, 600)
-    large, _, balance = train("uncertainty", 10.0, 600)
+    small, _, _ = train("uncertainty", 1.0, 1500)
+    large, _, balance = train("uncertainty", 10.0, 1500)
     assert 3 < (small[1] / small[0]) / (large[1] / large[0]) < 30
     assert min(*small, *large) > 1e-3 and balance.log_variance.requires_grad
 
 
 def test_uncertainty_settles_where_the_theory_says():
-    balance = Balance(("a", "b"), (1.0, 1.0), "uncertainty")
+    balance = Balance(("a", "b"), (1.0, 0.3), "uncertainty")
     optimizer = torch.optim.SGD([balance.log_variance], lr=0.1)
     for _ in range(2000):
         added = balance.learn([4.0, 0.5])
         optimizer.step()
-    assert balance.weights() == pytest.approx([0.25, 2.0], rel=1e-3)  # exp(-s) = 1 / loss
-    assert added == pytest.approx(float(torch.log(torch.tensor(2.0))), rel=1e-3)
+    assert balance.weights() == pytest.approx([0.25, 0.3 * 2.0], rel=1e-3)  # share x exp(-s) = share / loss
+    assert added == pytest.approx(float(torch.log(torch.tensor(4.0)) - 0.3 * torch.log(torch.tensor(2.0))), rel=1e-3)
 
 
 def test_a_step_that_is_not_finite_moves_nothing():

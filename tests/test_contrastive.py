@@ -96,6 +96,19 @@ def test_a_killed_run_ends_in_the_same_log_and_encoder(cache, straight, tmp_path
     assert (run / "isc.png").exists()
 
 
+def test_a_run_that_dies_before_its_second_save_goes_on_from_its_first(cache, tmp_path, monkeypatch):
+    short = dict(steps=3, save_every=0, eval_every=0, waveform=5.0, film_subjects=0)  # no movies to evaluate, either
+    assert main(config(cache, tmp_path / "straight", **short))["step"] == 3
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.recovery.sound", lambda state, loss, norm: exit("dies"))
+        with pytest.raises(SystemExit, match="dies"):
+            main(config(cache, tmp_path / "run", **short))
+    main(replace(config(cache, tmp_path / "run", **short), resume=True))
+    assert log(tmp_path / "run") == log(
+        tmp_path / "straight"
+    )  # what phase 1 gave is said once, and its waveform raised once
+
+
 def same_numbers(ours: list[dict], theirs: list[dict]) -> None:
     """Equal up to the order of sums in float32."""
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]

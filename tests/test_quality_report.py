@@ -16,6 +16,9 @@ kind = "vibration"
 pattern = '(?P<subject>(?P<fault>[ab])(?P<number>\\d))\\.npy'
 rate_hz = 1000
 unit = "g"
+[split]
+val = ["a2", "b3", "a4"]
+test = ["b5"]
 """
 
 
@@ -33,10 +36,21 @@ def world(tmp_path_factory):
     return folder / "cache", fake
 
 
-def judge(world, by_time: bool, columns: tuple[str, ...]):
+def judge(world, by_time: bool, columns: tuple[str, ...], open_test: bool = False):
     corpus = Corpus([world[0]], L, 0, L, by_time, 0.6)
     names = corpus.recordings[0].names
-    return quality_report.judge_windows(corpus, world[1], names, columns, by_time, 0, network=False, legacy=False)
+    return quality_report.judge_windows(corpus, world[1], names, columns, 0, open_test, network=False, legacy=False)
+
+
+def test_the_test_split_is_read_only_when_asked(world, monkeypatch):
+    read, parts = quality_report.read_windows, []
+    monkeypatch.setattr(
+        quality_report, "read_windows", lambda c, part, *more: parts.append(part) or read(c, part, *more)
+    )
+    _, figures = judge(world, False, ())
+    assert set(parts) == {"train", "val"}
+    _, both = judge(world, False, (), open_test=True)
+    assert "test" in parts and set(figures["block_ids"]) < set(both["block_ids"])
 
 
 @pytest.fixture(scope="module")

@@ -300,6 +300,7 @@ def test_other_flags_train_too(changes, caches, tmp_path):
         dict(train_share=0.0),
         dict(window=10**7),
         dict(rhythms=3),
+        dict(judge=80, open_test=True),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_by_name(changes, caches, tmp_path):
