@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -60,7 +59,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, encode_by
 from lib.ranks import Ranks, join
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.tensors import load_tensors, save_tensors
 from lib.views import Strength, draws, make_view
 
@@ -373,7 +372,7 @@ def main(cfg: Config) -> dict | None:
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:8]
         part = draw(cache, sampler, some, cfg, 0, patch, 0).parts[0].to(device)
-        state["dtype"] = choose_dtype(cfg.dtype, trial(model, part), ranks)
+        state["dtype"] = choose_dtype(cfg.dtype, lambda m: m(part).square(), (model,), ranks)
     forward = torch.compile(model) if cfg.compile else model
     meta = signal_meta(cache) | {
         "window_s": cfg.window_s,
@@ -483,8 +482,7 @@ def main(cfg: Config) -> dict | None:
         if last or (on_time or stop) and not state["streak"]:
             run.save(state, modules, optimizer, on_time)
         if stop and not last:
-            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
-            raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
+            run.interrupt(f"at step {done} of {steps}")
     bar.close()
     loader.close()
 
@@ -534,18 +532,6 @@ def draw_films(run: Run, shared: dict[str, Curves], tables: dict[str, np.ndarray
     )
 
 
-def trial(model: Aligned, part: Part) -> Callable[[str], None]:
-    """Forward and backward pass of a throwaway copy, in a number format."""
-    model = copy.deepcopy(model)
-
-    def work(dtype: str) -> None:
-        with autocast(part.x_BCT.device.type, dtype):
-            y_BE = model(part)
-        y_BE.square().sum().backward()
-
-    return work
-
-
 def embed_by(model: Aligned, dtype: str) -> Callable[[Part], dict[str, torch.Tensor]]:
     """A function that gives the encoder's mean features and the projection of windows."""
     device = model.centre_D.device
@@ -563,7 +549,6 @@ def embed_by(model: Aligned, dtype: str) -> Callable[[Part], dict[str, torch.Ten
 
 def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
     """What the command prints: the last line of the log, and what training started from, as `_before`."""
-    lines = [line for line in lines if "event" not in line]
     first, final = lines[0], lines[-1]
     ways = ("probe_", "encoder_", "embedding_", "signal_")
     keys = "loss val_loss alignment uniformity feature_rank feature_std subject_share stimulus_share temperature skipped rollbacks"
@@ -572,18 +557,8 @@ def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
         k for k in first if k in metrics and not k.endswith(("_bandpower", "_chance")) and not k.startswith("signal_")
     )
     metrics |= {f"{k}_before": first[k] for k in before}
-    return {
-        "run": str(run.directory),
-        "step": final["step"],
-        "metrics": metrics,
-        "probe_protocol": state["probe_protocol"],
-        "windows_per_s": median_speed(lines),
-        "seconds": round(run.seconds(), 1),
-        "parameters": parameters,
-        "dtype": state["dtype"],
-        "encoder": str(run.directory / "encoder.safetensors"),
-        "projection": str(run.directory / "projection.safetensors"),
-    }
+    projection = str(run.directory / "projection.safetensors")
+    return run.results(state, metrics, parameters, probe_protocol=state["probe_protocol"]) | {"projection": projection}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ from lib.prefetch import Prefetch
 from lib.quality import FEWEST
 from lib.ranks import Ranks, join
 from lib.reflow import Pairs
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.samplers import UniformSampler
 from lib.store import write_atomic
 from lib.traits import class_name
@@ -490,7 +490,7 @@ def main(cfg: Config) -> dict | None:
 
     if not state["dtype"]:
         part = batch_of(0, share if device.type == "cuda" else share[:16], 0)[0].to(device)
-        state["dtype"] = choose_dtype(cfg.dtype, trial(model, part, cfg.predict), ranks)
+        state["dtype"] = choose_dtype(cfg.dtype, lambda m: m(part, cfg.predict)[0], (model,), ranks)
     forward = torch.compile(model) if cfg.compile else model
     if ranks.first:
         ids = np.linspace(0, len(val) - 1, min(cfg.val_windows, len(val))).astype(np.int64)
@@ -577,8 +577,7 @@ def main(cfg: Config) -> dict | None:
         if last or (on_time or stop) and not state["streak"]:
             run.save(state, modules, optimizer, on_time)
         if stop and not last:
-            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
-            raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
+            run.interrupt(f"at step {done} of {steps}")
     bar.close()
     loader.close()
 
@@ -615,39 +614,18 @@ def trained_on_corpus(corpus: Corpus, rows: list[int]) -> dict:
     return {"subjects": sorted({s for t in told for s in t["subjects"]}), "auxiliary": []}
 
 
-def trial(model: Model, part: Part, predict: str) -> Callable[[str], None]:
-    """Forward and backward pass of a throwaway copy, in a number format."""
-    model = copy.deepcopy(model)
-
-    def work(dtype: str) -> None:
-        with autocast(part.x1_BCT.device.type, dtype):
-            loss_B, _ = model(part, predict)
-        loss_B.sum().backward()
-
-    return work
-
-
 def report(run: Run, lines: list[dict], state: dict, parameters: int, unknown: dict) -> dict:
     """What the command prints: the last line of the log, and val_loss of the untrained network from the first."""
-    lines = [line for line in lines if "event" not in line]
     first, final = lines[0], lines[-1]
     metrics = {
         k: v for k, v in final.items() if k.startswith(("loss", "val_loss", "weight_")) or k in ("skipped", "rollbacks")
     }
     metrics["val_loss_untrained"] = first["val_loss"]
-    return {
-        "run": str(run.directory),
-        "step": final["step"],
-        "metrics": metrics,
-        "unknown_conditions": unknown,
-        "windows_per_s": median_speed(lines),
-        "memory_mb": max(line["memory_mb"] for line in lines if "memory_mb" in line),
-        "seconds": round(run.seconds(), 1),
-        "parameters": parameters,
-        "dtype": state["dtype"],
-        "model": str(run.directory / "model.safetensors"),
-        "encoder": str(run.directory / "encoder.safetensors"),
-    }
+    memory_mb, model = (
+        max(line["memory_mb"] for line in lines if "memory_mb" in line),
+        run.directory / "model.safetensors",
+    )
+    return run.results(state, metrics, parameters, unknown_conditions=unknown, memory_mb=memory_mb, model=str(model))
 
 
 # ----------------------------------------------------------------------------

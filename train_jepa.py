@@ -17,9 +17,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -45,7 +43,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, encode_by, stimuli
 from lib.ranks import Ranks, join
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.traits import AuxiliaryHeads, Trait, known_labels, read_traits, save_heads, trait_values
 from lib.windows import Windows
@@ -336,7 +334,9 @@ def main(cfg: Config) -> dict | None:
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:16]
         part = draw(train, sampler.ids(0)[some], some, cfg, cfg.micro, patch, 0)[0].to(device)
-        state["dtype"] = choose_dtype(cfg.dtype, trial(model, teacher, part, cfg.visible), ranks)
+        state["dtype"] = choose_dtype(
+            cfg.dtype, lambda m, t: jepa_loss(m, t, part, cfg.visible)[0], (model, teacher), ranks
+        )
     loss_of = torch.compile(jepa_loss) if cfg.compile else jepa_loss
     meta = signal_meta(cache) | {
         "window_s": cfg.window_s,
@@ -359,13 +359,15 @@ def main(cfg: Config) -> dict | None:
     cost = StepCost(lambda part: jepa_loss(model, teacher, part.to(device), cfg.visible)[0], model)
     rate = matmul_rate(DTYPES[state["dtype"]], device)
 
-    def batch_of(step: int) -> list[Part]:
-        return draw(train, sampler.ids(step)[share], share, cfg, state["micro"], patch, step)
+    def batch_of(step: int) -> tuple[list[Part], torch.Tensor]:
+        ids = sampler.ids(step)
+        known_K = known_labels(trait_RK, train.locate(ids)[0])  # in the global batch
+        return draw(train, ids[share], share, cfg, state["micro"], patch, step), known_K
 
     loader = Prefetch(batch_of, state["step"], steps)
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
     pace, regularised_step, regularised, pull_BD = Pace(device), -1, 0.0, None
-    for step, parts in loader:
+    for step, (parts, known_K) in loader:
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         cosine = cfg.schedule == "cosine"
@@ -373,7 +375,6 @@ def main(cfg: Config) -> dict | None:
         lr *= state["lr_scale"]
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        known_K = known_labels(trait_RK, train.locate(sampler.ids(step))[0])  # in the global batch
         sums_2, level_D = torch.zeros(2, device=device), torch.zeros_like(model.centre_D)
         try:
             if (cfg.vicreg or cfg.sigreg) and regularised_step != step:  # once, as all ranks take part
@@ -436,8 +437,7 @@ def main(cfg: Config) -> dict | None:
         if cfg.collapse == "stop" and (last or due(done, cfg.eval_every)) and ranks.agree(alarm):
             raise Failed(f"features collapsed at step {done}, see alarm in {run.directory}/log.jsonl")
         if stop and not last:
-            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
-            raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
+            run.interrupt(f"at step {done} of {steps}")
     bar.close()
     loader.close()
 
@@ -453,46 +453,17 @@ def main(cfg: Config) -> dict | None:
     return results
 
 
-def trial(model: JEPA, teacher: nn.Module, part: Part, visible: float) -> Callable[[str], None]:
-    """Forward and backward pass of a throwaway copy, in a number format."""
-    model, teacher = copy.deepcopy(model), copy.deepcopy(teacher)
-
-    def work(dtype: str) -> None:
-        with autocast(part.x_BCT.device.type, dtype):
-            loss_B, _, _ = jepa_loss(model, teacher, part, visible)
-        loss_B.sum().backward()
-
-    return work
-
-
 def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
     """What the command prints: the last line of the log, and the probe of the untrained encoder from the first."""
     first, final = lines[0], lines[-1]
     keys = (
-        "loss",
-        "loss_latent",
-        "loss_aux",
-        "loss_regularised",
-        "val_loss",
-        "feature_rank",
-        "feature_std",
-        "teacher_cosine",
+        "loss loss_latent loss_aux loss_regularised val_loss feature_rank feature_std teacher_cosine predicted_cosine"
     )
-    keys += ("predicted_cosine", "subject_share", "stimulus_share", "skipped", "rollbacks", "alarm")
-    metrics = {k: v for k, v in final.items() if k in keys or k.startswith("probe_")}
+    keys += " subject_share stimulus_share skipped rollbacks alarm"
+    metrics = {k: v for k, v in final.items() if k in keys.split() or k.startswith("probe_")}
     probes = (k for k in first if k.startswith("probe_") and not k.endswith(("_bandpower", "_chance")))
     metrics |= {f"{k}_untrained": first[k] for k in probes}
-    return {
-        "run": str(run.directory),
-        "step": final["step"],
-        "metrics": metrics,
-        "probe_protocol": state["probe_protocol"],
-        "windows_per_s": median_speed(lines),
-        "seconds": round(run.seconds(), 1),
-        "parameters": parameters,
-        "dtype": state["dtype"],
-        "encoder": str(run.directory / "encoder.safetensors"),
-    }
+    return run.results(state, metrics, parameters, probe_protocol=state["probe_protocol"])
 
 
 if __name__ == "__main__":

@@ -16,11 +16,9 @@ beside the constant and what one would otherwise use (lib/classical.py). To abla
 Shape letters: B examples, C channels, T samples, K targets, P patches, S stretches, X features, D width.
 """
 
-import copy
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -378,18 +376,6 @@ def fit_latency(inference: Inference, train: Examples, ids: np.ndarray) -> dict[
     return {k: inference.decoder.readout.latency.fit(x_BET, time_s_B, subject_B)}
 
 
-def trial(decoder: Decoder, piece: Piece) -> Callable[[str], None]:
-    """Forward and backward pass of a throwaway copy, in a number format."""
-    decoder = copy.deepcopy(decoder)
-
-    def work(dtype: str) -> None:
-        with autocast(piece.y.device.type, dtype):
-            out = decoder(piece.part)
-        decoder.loss(out, piece.y).sum().backward()
-
-    return work
-
-
 def initial_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
     """The encoder to start from and the lineage of its file. Raises Unusable."""
     sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries, cfg.relations)
@@ -455,7 +441,11 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:16]
         piece = draw(0, some, cfg.micro)[0].to(device)
-        state["dtype"] = "float32" if mode == "probe" else choose_dtype(cfg.dtype, trial(decoder, piece), ranks)
+        state["dtype"] = (
+            "float32"
+            if mode == "probe"
+            else choose_dtype(cfg.dtype, lambda d: d.loss(d(piece.part), piece.y), (decoder,), ranks)
+        )
     meta = signal_meta(cache) | trained_on(cache, rows["train"]) | {"run": run.name, "lineage": lineage, "mode": mode}
     meta |= {"window_s": window_s, "stride_s": stride_s, "event_s": cfg.event_s, "stretch_s": cfg.stretch_s}
     meta |= {"max_channels": channels_of(cfg), "seed": cfg.seed, "where": list(cfg.where), "transfer": cfg.transfer}
@@ -550,8 +540,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         if last or (on_time or stop) and not state["streak"]:
             run.save(state, modules, optimizer, on_time)
         if stop and not last:
-            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
-            raise KeyboardInterrupt(f"at step {done} of {steps}; go on with: {go_on}")
+            run.interrupt(f"at step {done} of {steps}")
     bar.close()
     loader.close()
 
@@ -686,9 +675,8 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
         run.say(f"fold {fold + 1} of {cfg.folds}")
         try:
             last, ways = fit(replace(cfg, folds=0, name=str(name), resume=begun, overwrite=False), ranks, cache, of)
-        except KeyboardInterrupt as stopped:  # whose words are of the fold alone
-            go_on = f"python {Path(__file__).name} --name {run.directory} --resume"
-            raise KeyboardInterrupt(f"in fold {fold + 1} of {cfg.folds}; go on with: {go_on}") from stopped
+        except KeyboardInterrupt:  # whose words are of the fold alone
+            run.interrupt(f"in fold {fold + 1} of {cfg.folds}")
         done.append({k: last[k] for k in ("run", "chosen_step", "metrics")})
         decoder, meta, _ = load_model(last["model"])
         targets = decoder.targets

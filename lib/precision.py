@@ -2,10 +2,12 @@
 Which number format the matrix products run in, decided by measuring.
 """
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from lib.ranks import Ranks
 
@@ -18,9 +20,11 @@ def autocast(device_type: str, dtype: str) -> torch.autocast:
     return torch.autocast(device_type, DTYPES[dtype], enabled=dtype != "float32")
 
 
-def choose_dtype(flag: str, work: Callable[[str], None], ranks: Ranks, repeats: int = 3) -> str:
+def choose_dtype(
+    flag: str, loss: Callable[..., torch.Tensor], modules: Sequence[nn.Module], ranks: Ranks, repeats: int = 3
+) -> str:
     """
-    `flag`, or for `auto` the format in which `work(dtype)`, a step on a throwaway copy, is fastest, the same on all ranks.
+    `flag`, or for `auto` the format in which `loss` of throwaway copies of the modules, forward and backward, is fastest, the same on all ranks.
 
     Interleaved best of `repeats` after a warm-up, because on CPUs bfloat16 was seen from 8 x slower to 1.7 x faster, by shape;
     what is twice as slow is not tried again.
@@ -29,12 +33,15 @@ def choose_dtype(flag: str, work: Callable[[str], None], ranks: Ranks, repeats: 
         return flag
     best = dict.fromkeys(DTYPES, float("inf"))
     if ranks.first:
+        copies = copy.deepcopy(list(modules))
         for repeat in range(repeats + 1):
             if repeat > 1 and best["bfloat16"] > 2 * best["float32"]:
                 break
             for dtype in DTYPES:
                 started = time.perf_counter()
-                work(dtype)
+                with autocast(ranks.device.type, dtype):
+                    total = loss(*copies).sum()
+                total.backward()
                 if ranks.device.type == "cuda":
                     torch.cuda.synchronize()
                 best[dtype] = min(best[dtype], time.perf_counter() - started) if repeat else float("inf")

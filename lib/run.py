@@ -26,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import nn
@@ -141,7 +141,7 @@ class Run:
 
     def __init__(self, cfg: RunConfig, script: str, ranks: Ranks):
         self.ranks, self.stop, self._saved, self._lines = ranks, False, None, 0
-        self.started = time.perf_counter()
+        self.started, self.script = time.perf_counter(), Path(script).name
         directory = self.problem = None
         if ranks.first:  # an error must reach all ranks, or the others would wait for ever
             try:
@@ -191,6 +191,11 @@ class Run:
             raise KeyboardInterrupt
         self.stop = True
 
+    def interrupt(self, where: str) -> NoReturn:
+        """End the process after a signal, with how to go on. Raises KeyboardInterrupt."""
+        go_on = shlex.join(["python", self.script, "--name", str(self.directory), "--resume"])
+        raise KeyboardInterrupt(f"{where}; go on with: {go_on}")
+
     def seconds(self) -> float:
         """Since this process began."""
         return time.perf_counter() - self.started
@@ -214,6 +219,20 @@ class Run:
         """What log.jsonl holds; a line that a kill cut short is left out."""
         lines = (self.directory / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def results(self, state: dict, metrics: dict, parameters: int, **more) -> dict:
+        """What a command that has trained an encoder prints in its last line."""
+        return {
+            "run": str(self.directory),
+            "step": state["step"],
+            "metrics": metrics,
+            **more,
+            "windows_per_s": median_speed(self.lines()),
+            "seconds": round(self.seconds(), 1),
+            "parameters": parameters,
+            "dtype": state["dtype"],
+            "encoder": str(self.directory / "encoder.safetensors"),
+        }
 
     def among_best(self, state: dict, loss: float, most: int) -> Path | None:
         """
