@@ -22,7 +22,6 @@ import math
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,19 +33,19 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from lib import anomaly, command, conditions, flow, plot, recovery, whitening
+from lib import command, conditions, flow, plot, recovery
 from lib.balance import Balance
 from lib.contrast import loss_infonce, units
-from lib.corpus import Corpus, even, fit_corpus, for_strangers
+from lib.corpus import Corpus
 from lib.errors import Unusable
 from lib.flops import StepCost, matmul_rate
 from lib.generated import check_room, write_generated
 from lib.generator import calibrate, draw_windows, fitting, in_unit, load_model, save_model, templates
 from lib.grid import mean_of
-from lib.lineage import check_leak, digest, inherited, trained_on
+from lib.lineage import check_leak, inherited, trained_on
 from lib.masks import uniform
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
-from lib.oddness import encoder_beside, flow_scores
+from lib.oddness import score_run
 from lib.optim import decay_groups, ema_update, warmup_cosine
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
@@ -55,10 +54,9 @@ from lib.ranks import Ranks, join
 from lib.reflow import Pairs
 from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.samplers import UniformSampler
-from lib.store import write_atomic
-from lib.traits import class_name
 from lib.velocity import Shape, Velocity, build_velocity, describe, strides
 from lib.views import Strength, draws, make_view
+from lib.whitened import Target, fit_target
 
 EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw what is evaluated
 EVAL_TIMES = (0.1, 0.5, 0.9)
@@ -182,52 +180,32 @@ class Part:
         return Part(*moved)
 
 
-@dataclass
-class Target:
-    """What turns recordings into what is learned: windows, filters, conditions."""
-
-    corpus: Corpus
-    whiten: whitening.Whitening
-    group_R: np.ndarray  # filter of each recording
-    code_RF: torch.Tensor  # conditions of each recording
-    place_RC: np.ndarray  # which of the filters' channels those of each recording are
-
-
 def draw(target: Target, recording_B, start_B, index_B, cfg: Config, micro: int, step: int, drop: float) -> list[Part]:
     """
-    Read windows in micro-batches, whiten them, and draw noise, times, dropped conditions and views.
+    Read whitened windows in micro-batches, and draw noise, times, dropped conditions and views.
 
     What happens to a window depends on (seed, step, its index in the global batch), not on how the batch is divided.
     """
     corpus, parts = target.corpus, []
-    for part in corpus.read(recording_B, start_B, index_B, cfg.max_channels, micro, cfg.seed, step):
-        row_B, index = part.recording_B, part.index_B
-        place_BC = np.take_along_axis(target.place_RC[row_B], part.kept_BC.numpy(), 1)
-        x1_BCT, level_B = target.whiten.whiten(part.x_BCT, target.group_R[row_B], part.mask_BC, cfg.level, place_BC)
-        code_BF = target.code_RF[torch.from_numpy(row_B)]
-        code_BF[:, -1] = level_B if cfg.level else math.nan
-        rhythm_BX = target.whiten.rhythms(x1_BCT, target.group_R[row_B], part.mask_BC)
-        if rhythm_BX.shape[1] and x1_BCT.shape[1] == 1:
-            x1_BCT = x1_BCT - target.whiten.repeated(rhythm_BX, target.group_R[row_B], x1_BCT.shape[2])
-        code_BF = torch.cat([code_BF, rhythm_BX], 1)
+    for white in target.read(recording_B, start_B, index_B, cfg.max_channels, micro, cfg.seed, step):
+        index, raw_BCT, mask_BC = white.index_B, white.raw_BCT, white.mask_BC
         u_BF = torch.from_numpy(uniform(cfg.seed, step, index, target.code_RF.shape[1] + 1, "flow drop"))
-        code_BF = conditions.dropped(code_BF, u_BF, drop)
+        code_BX = conditions.dropped(white.code_BX, u_BF, drop)
         shown_B1 = torch.from_numpy(uniform(cfg.seed, step, index, 1, "flow look") < SHOWN) & (step != EVAL_STEP)
         t_B = flow.draw_times(cfg.times, cfg.uniform_share, cfg.seed, step, index)
-        x0_BCT = flow.draw_noise(cfg.seed, step, index, x1_BCT.shape[1:])
-        raw_BCT = part.x_BCT[:, :, corpus.before :].contiguous()
+        x0_BCT = flow.draw_noise(cfg.seed, step, index, white.x1_BCT.shape[1:])
         views = [None] * 4
         if cfg.contrast:
-            rate_hz = corpus.rate_hz(row_B[0])
+            rate_hz = corpus.rate_hz(white.recording_B[0])
             shift_s = 0.125 * corpus.samples / rate_hz
             some = dict(shift_s=shift_s, amplitude_db=1.6, bandstop_hz=0.1 * rate_hz, dropout=0.3)
-            good_BC = torch.ones(raw_BCT.shape[:2], dtype=torch.bool) if part.mask_BC is None else part.mask_BC
+            good_BC = torch.ones(raw_BCT.shape[:2], dtype=torch.bool) if mask_BC is None else mask_BC
             for v in range(2):  # two views of one window have two indices
                 how = (rate_hz, Strength(**some), draws(cfg.seed, step, index + v * cfg.batch))
-                x_BCT, seen_BC = make_view(raw_BCT, part.positions_BC3, good_BC, *how)
+                x_BCT, seen_BC = make_view(raw_BCT, white.positions_BC3, good_BC, *how)
                 views[2 * v : 2 * v + 2] = x_BCT, None if seen_BC.all() else seen_BC
         parts.append(
-            Part(x1_BCT, x0_BCT, t_B, code_BF, part.positions_BC3, part.mask_BC, raw_BCT, shown_B1, *views, index)
+            Part(white.x1_BCT, x0_BCT, t_B, code_BX, white.positions_BC3, mask_BC, raw_BCT, shown_B1, *views, index)
         )
     return parts
 
@@ -398,27 +376,6 @@ def start_encoder(cfg: Config, corpus: Corpus) -> tuple[nn.Module, list[dict]]:
     return build_encoder(architecture), []
 
 
-def fit_target(cfg: Config, corpus: Corpus) -> tuple[Target, whitening.Whitening, list[conditions.Condition], Counter]:
-    """What makes windows, the part of it that the training recordings told, conditions, and which values of others these don't know, counted."""
-    whiten, group_R = fit_corpus(corpus, cfg.whiten_by == "recording", cfg.whiten_order, cfg.rhythms, cfg.unmix)
-    asked = {"label": cfg.label, "domain": cfg.domain, **{name: (name,) for name in cfg.traits}}
-    asked = {name: words for name, words in asked.items() if words}
-    values = corpus.values({"dataset": ("dataset",), **asked, "speed": (cfg.speed,)})
-    known = {key: digest(key) for key in whiten.names if cfg.whiten_by == "recording"}
-    for i, row in enumerate(values):
-        row |= {"rate": corpus.rate_hz(i), "recording": known.get(corpus.recordings[i].key)}
-    rows = [values[i] for i in corpus.rows("train")]
-    for name, words in asked.items():
-        if not any(name in row for row in rows):
-            flag = name if name in ("label", "domain") else "traits"
-            raise Unusable(f"--{flag} {' '.join(words)}: no training recording has it")
-    learned, unknown = conditions.learn(rows, ("dataset", "rate", *asked, "speed", "recording")), Counter()
-    code_RF = torch.tensor([conditions.encode(learned, row, unknown) for row in values], dtype=torch.float32)
-    strangers = sorted({*corpus.rows("val")} - {*corpus.rows("train")})
-    own, group_R = for_strangers(corpus, whiten, group_R, strangers, "val")
-    return Target(corpus, own, group_R, code_RF, corpus.places(whiten.channels)), whiten, learned, unknown
-
-
 # ----------------------------------------------------------------------------
 # training
 
@@ -434,7 +391,9 @@ def main(cfg: Config) -> dict | None:
     torch.manual_seed(cfg.seed)
     corpus = Corpus(cfg.cache, cfg.window, cfg.whiten_order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
     encoder, lineage = start_encoder(cfg, corpus)
-    target, whiten, learned, unknown = fit_target(cfg, corpus)
+    columns = dict(label=cfg.label, domain=cfg.domain, speed=cfg.speed, traits=cfg.traits)
+    filters = dict(by_recording=cfg.whiten_by == "recording", order=cfg.whiten_order, rhythms=cfg.rhythms)
+    target, whiten, learned, unknown = fit_target(corpus, **columns, **filters, unmix=cfg.unmix, level=cfg.level)
     train, rows = corpus.windows("train"), corpus.rows("train")
     held = corpus.rows("val") if corpus.spans["val"] and len(corpus.windows("val")) else []
     val = corpus.windows("val" if held else "train")
@@ -679,72 +638,8 @@ def judge(cfg: Config, model: str, lines: Sequence[dict] = ()) -> dict:
 
 def score(cfg: Config, ranks: Ranks) -> dict:
     """How strange held-out windows of --cache are beside its healthy training windows, written as scores.json beside the model."""
-    began = time.perf_counter()
-    net, whiten, meta = load_model(cfg.model)
-    cfg = replace(cfg, max_channels=0, contrast=0.0, level=meta["level"])
-    corpus = Corpus(cfg.cache, meta["window"], whiten.order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
-    model_of = {(t["signal"]["kind"], t["signal"]["rate_hz"], t["unit"]) for t in meta["templates"]}
-    for path, cache in zip(cfg.cache, corpus.caches, strict=True):
-        if (own := (cache.signal["kind"], cache.rate_hz, cache.unit)) not in model_of:
-            raise Unusable(
-                f"--score: {path} holds {own[0]} at {own[1]:g} Hz in {own[2]}, and {cfg.model} was trained on other signals"
-            )
-    column, given, value = (cfg.healthy or "").partition("=")
-    named = corpus.values({column: (column,)}) if column else [{}] * len(corpus.recordings)
-    values_R = [class_name(row.get(column)) for row in named]
-    if cfg.healthy and not (given and any(v is not None for v in values_R)):
-        raise Unusable(f"--healthy {cfg.healthy}: expected COLUMN=VALUE, of a column of the cache")
-    well_R = np.array([v == (value or None) for v in values_R])
-    if not well_R[corpus.rows("train")].any():
-        known = sorted({str(values_R[i]) for i in corpus.rows("train")})
-        raise Unusable(f"--healthy {cfg.healthy}: no training recording has it; there are: {', '.join(known)}")
-    whole_R = np.array([len(corpus.good(i)) == len(r.names) for i, r in enumerate(corpus.recordings)])
-    if left_out := int((~whole_R).sum()):  # a channel of zeros is stranger than anything a brain or a machine does
-        print(f"{left_out} of {len(whole_R)} recordings have bad channels and are left out", file=sys.stderr)
-    if not all((fits & whole_R)[corpus.rows(part)].any() for part, fits in (("train", well_R), ("val", whole_R))):
-        raise Unusable(
-            "--score: all recordings to compare have bad channels: build a cache of their good ones (--channels)"
-        )
-    group_R, parts = np.zeros(len(well_R), np.int64), {}
-    for name, fits in (("train", well_R & whole_R), ("val", whole_R)):
-        windows = corpus.windows(name)
-        row_N, start_N = windows.locate(np.arange(len(windows)))
-        kept = np.array(even(np.flatnonzero(fits[row_N]).tolist(), cfg.score_windows), np.int64)
-        for i in np.unique(row_N[kept]).tolist():  # the filter that fits best, whatever is known of the recording
-            group_R[i] = whiten.choose(whitening.autocorrelation(torch.cat(corpus.signal(i, name), 1), whiten.order))
-        code_RF = torch.full((len(well_R), len(net.given.conditions)), math.nan)  # what is asked for is never told
-        own, own_R = for_strangers(corpus, whiten, group_R, np.unique(row_N[kept]).tolist(), name)
-        target = Target(corpus, own, own_R, code_RF, corpus.places(own.channels))
-        drawn = draw(target, row_N[kept], start_N[kept], np.arange(len(kept)), cfg, 64, EVAL_STEP, 0.0)
-        parts[name] = row_N[kept][np.concatenate([p.index_B for p in drawn])], drawn
-    rates, montages = (
-        {of(i) for row_N, _ in parts.values() for i in row_N}
-        for of in (corpus.rate_hz, lambda i: tuple(corpus.recordings[i].names))
-    )
-    if len(rates) > 1 or len(montages) > 1:
-        raise Unusable("--score: recordings differ in rate or channels: give --cache with alike ones (--channels)")
-    if min(len(row_N) for row_N, _ in parts.values()) < 2 * anomaly.NEIGHBOURS:
-        raise Unusable(
-            f"--score: too few windows to compare with, {[len(row_N) for row_N, _ in parts.values()]} (--healthy {cfg.healthy})"
-        )
-    row_N, _ = parts["val"]
-    encoder = encoder_beside(cfg.model, net)
-    scores = flow_scores(
-        net, encoder, meta["predict"], parts["train"][1], parts["val"][1], rates.pop(), cfg.nfe, cfg.seed, ranks.device
-    )
-    keys = [corpus.recordings[i].key for i in row_N]
-    table = {}
-    if not well_R[row_N].all() and well_R[row_N].any():
-        table = anomaly.table(scores, ~well_R[row_N], [corpus.block(i) for i in row_N], cfg.seed)
-    told = {name: {"value": s.value_N.tolist(), "error": s.error_N.tolist()} for name, s in scores.items()}
-    path = Path(cfg.model).with_name("scores.json")
-    write_atomic(
-        path, command.json_line({"recording": keys, "healthy": well_R[row_N], "scores": told, "table": table}).encode()
-    )
-    return {
-        "run": meta["run"], "step": meta["step"], "metrics": {name: row["auroc"] for name, row in table.items()},
-        "windows": len(keys), "left_out": left_out, "scores": str(path), "model": cfg.model, "seconds": round(time.perf_counter() - began, 2),
-    }  # fmt: skip
+    held = dict(stride=cfg.stride, by_time=cfg.hold_out == "time", share=cfg.train_share, count=cfg.score_windows)
+    return score_run(cfg.model, cfg.cache, cfg.healthy, **held, nfe=cfg.nfe, seed=cfg.seed, device=ranks.device)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,30 @@
 """
-What a trained flow and its encoder say of windows, in the form that lib/anomaly.py takes, without telling them any condition.
+How strange held-out windows are to a trained flow and its encoder, which are told no condition, and to what needs no network.
 
-Shape letters: B or N windows, C channels, T samples, D width.
+Shape letters: R recordings, B or N windows, C channels, T samples, D width.
 """
 
 import math
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from lib import anomaly, flow
+from lib import anomaly, flow, whitening
+from lib.command import json_line
+from lib.corpus import Corpus, even, for_strangers
+from lib.errors import Unusable
+from lib.generator import load_model
 from lib.grid import mean_of
 from lib.models import load_encoder
+from lib.store import write_atomic
+from lib.traits import class_name
 from lib.velocity import Velocity
-
-
-class Windows(Protocol):
-    """Some windows: raw for the encoder, whitened for the flow."""
-
-    raw_BCT: torch.Tensor
-    x1_BCT: torch.Tensor
-    positions_BC3: torch.Tensor
-    mask_BC: torch.Tensor | None
+from lib.whitened import Target, White
 
 
 def encoder_beside(path: str | Path, net: Velocity) -> nn.Module:
@@ -34,7 +34,7 @@ def encoder_beside(path: str | Path, net: Velocity) -> nn.Module:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, parts: list[Windows], device: torch.device) -> np.ndarray:
+def features(encoder: nn.Module, parts: list[White], device: torch.device) -> np.ndarray:
     """Mean features (N, D) of whole patches of windows."""
     length, found = encoder.architecture.patch, []
     for part in parts:
@@ -49,8 +49,8 @@ def flow_scores(
     net: Velocity,
     encoder: nn.Module,
     predict: str,
-    healthy: list[Windows],
-    test: list[Windows],
+    healthy: list[White],
+    test: list[White],
     rate_hz: float,
     nfe: int,
     seed: int,
@@ -82,3 +82,97 @@ def flow_scores(
     )
     scores["residual"] = anomaly.residual_score(velocity, white_healthy, white_test, seed=seed)
     return scores | anomaly.likelihood_scores(encode, white_healthy, white_test)
+
+
+def score_run(
+    model: str | Path,
+    paths: Sequence[str | Path],
+    healthy: str | None,
+    *,
+    stride: int,
+    by_time: bool,
+    share: float,
+    count: int,
+    nfe: int,
+    seed: int,
+    device: torch.device,
+) -> dict:
+    """
+    Score held-out windows of caches beside training windows of recordings that are `healthy` (column=value; None: all are).
+
+    At most `count` of each. Writes scores.json beside the model and returns what a command prints. Raises Unusable for caches that the
+    model wasn't trained on the likes of, for unlike montages, and where there are too few windows.
+    """
+    began = time.perf_counter()
+    net, whiten, meta = load_model(model)
+    corpus = Corpus(paths, meta["window"], whiten.order, stride, by_time, share)
+    model_of = {(t["signal"]["kind"], t["signal"]["rate_hz"], t["unit"]) for t in meta["templates"]}
+    for path, cache in zip(paths, corpus.caches, strict=True):
+        if (own := (cache.signal["kind"], cache.rate_hz, cache.unit)) not in model_of:
+            raise Unusable(
+                f"--score: {path} holds {own[0]} at {own[1]:g} Hz in {own[2]}, and {model} was trained on other signals"
+            )
+    well_R = healthy_ones(corpus, healthy)
+    whole_R = np.array([len(corpus.good(i)) == len(r.names) for i, r in enumerate(corpus.recordings)])
+    if left_out := int((~whole_R).sum()):  # a channel of zeros is stranger than anything a brain or a machine does
+        print(f"{left_out} of {len(whole_R)} recordings have bad channels and are left out", file=sys.stderr)
+    chosen = {"train": well_R & whole_R, "val": whole_R}
+    if not all(fits[corpus.rows(part)].any() for part, fits in chosen.items()):
+        raise Unusable(
+            "--score: all recordings to compare have bad channels: build a cache of their good ones (--channels)"
+        )
+    found, row_of = {}, {}
+    for part, fits in chosen.items():
+        windows = corpus.windows(part)
+        row_N, start_N = windows.locate(np.arange(len(windows)))
+        kept = np.array(even(np.flatnonzero(fits[row_N]).tolist(), count), np.int64)
+        target = unconditioned(corpus, part, whiten, np.unique(row_N[kept]).tolist(), len(net.given.conditions), meta)
+        found[part] = target.read(row_N[kept], start_N[kept], np.arange(len(kept)), 0, 64, seed, 0)
+        row_of[part] = np.concatenate([white.recording_B for white in found[part]])
+    rows = np.concatenate([*row_of.values()])
+    if any(len({of(i) for i in rows}) > 1 for of in (corpus.rate_hz, lambda i: tuple(corpus.recordings[i].names))):
+        raise Unusable("--score: recordings differ in rate or channels: give --cache with alike ones (--channels)")
+    if min(map(len, row_of.values())) < 2 * anomaly.NEIGHBOURS:
+        raise Unusable(
+            f"--score: too few windows to compare with, {[*map(len, row_of.values())]} (--healthy {healthy})"
+        )
+    encoder, rate_hz = encoder_beside(model, net), corpus.rate_hz(rows[0])
+    scores = flow_scores(net, encoder, meta["predict"], found["train"], found["val"], rate_hz, nfe, seed, device)
+    row_N, table = row_of["val"], {}
+    if not well_R[row_N].all() and well_R[row_N].any():
+        table = anomaly.table(scores, ~well_R[row_N], [corpus.block(i) for i in row_N], seed)
+    keys = [corpus.recordings[i].key for i in row_N]
+    told = {name: {"value": s.value_N.tolist(), "error": s.error_N.tolist()} for name, s in scores.items()}
+    path = Path(model).with_name("scores.json")
+    write_atomic(
+        path, json_line({"recording": keys, "healthy": well_R[row_N], "scores": told, "table": table}).encode()
+    )
+    return {
+        "run": meta["run"], "step": meta["step"], "metrics": {name: row["auroc"] for name, row in table.items()},
+        "windows": len(keys), "left_out": left_out, "scores": str(path), "model": str(model), "seconds": round(time.perf_counter() - began, 2),
+    }  # fmt: skip
+
+
+def healthy_ones(corpus: Corpus, healthy: str | None) -> np.ndarray:
+    """Which recordings (R) have the value of a column=value; all for None. Raises Unusable where no training recording has."""
+    column, given, value = (healthy or "").partition("=")
+    named = corpus.values({column: (column,)}) if column else [{}] * len(corpus.recordings)
+    values_R = [class_name(row.get(column)) for row in named]
+    if healthy and not (given and any(v is not None for v in values_R)):
+        raise Unusable(f"--healthy {healthy}: expected COLUMN=VALUE, of a column of the cache")
+    well_R = np.array([v == (value or None) for v in values_R])
+    if not well_R[corpus.rows("train")].any():
+        known = sorted({str(values_R[i]) for i in corpus.rows("train")})
+        raise Unusable(f"--healthy {healthy}: no training recording has it; there are: {', '.join(known)}")
+    return well_R
+
+
+def unconditioned(
+    corpus: Corpus, part: str, whiten: whitening.Whitening, rows: list[int], conditions: int, meta: dict
+) -> Target:
+    """What reads recordings with the filters that fit them best, whatever is known of them."""
+    group_R = np.zeros(len(corpus.recordings), np.int64)
+    for i in rows:
+        group_R[i] = whiten.choose(whitening.autocorrelation(torch.cat(corpus.signal(i, part), 1), whiten.order))
+    own, group_R = for_strangers(corpus, whiten, group_R, rows, part)
+    return Target(corpus, own, group_R, torch.full((len(group_R), conditions), math.nan), meta["level"])

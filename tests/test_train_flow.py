@@ -22,9 +22,10 @@ from lib.errors import Failed, Unusable
 from lib.models import Architecture, build_encoder, load_encoder, save_encoder, signal_meta
 from lib.run import MEASURED
 from lib.tensors import load_tensors, save_tensors
+from lib.whitened import fit_target
 from tests import recipes
 from tests.test_jepa import log
-from train_flow import EVAL_STEP, Config, draw, fit_target, main
+from train_flow import EVAL_STEP, Config, draw, main
 
 TINY = dict(
     window=128,
@@ -81,6 +82,13 @@ def caches(tmp_path_factory) -> tuple[Path, Path]:
 
 def config(caches, run: Path | str, **changes) -> Config:
     return replace(Config(cache=tuple(map(str, caches)), name=str(run), label=("fault",)), **(TINY | changes))
+
+
+def fitted(cfg: Config, corpus: Corpus) -> tuple:
+    """What `fit_target` gives for a config."""
+    columns = dict(label=cfg.label, domain=cfg.domain, speed=cfg.speed, traits=cfg.traits)
+    how = dict(by_recording=True, order=cfg.whiten_order, rhythms=cfg.rhythms, unmix=cfg.unmix, level=cfg.level)
+    return fit_target(corpus, **columns, **how)
 
 
 @pytest.fixture(scope="session")
@@ -185,7 +193,6 @@ def test_out_of_memory_halves_then_checkpoints_and_the_result_stays(caches, tmp_
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return forward(self, part, predict)
 
-    monkeypatch.setattr(train_flow, "trial", lambda *_: None)
     monkeypatch.setattr(train_flow.StepCost, "__call__", lambda *_: 0)
     monkeypatch.setattr(train_flow.Model, "forward", short_of_memory)
     run = tmp_path / "short"
@@ -224,7 +231,7 @@ def test_nan_is_skipped_named_and_rolled_back_and_the_run_gives_up_with_a_dump(c
 def test_what_is_looked_at_is_hidden_from_half_of_training_and_from_all_evaluation(caches):
     cfg = config(caches[1:], "unused", share="cond")
     corpus = Corpus(cfg.cache, cfg.window, cfg.whiten_order, cfg.stride, False, 0.6)
-    target, *_ = fit_target(cfg, corpus)
+    target, *_ = fitted(cfg, corpus)
     windows = corpus.windows("train").locate(np.arange(64) % len(corpus.windows("train")))
 
     def shown(step: int) -> np.ndarray:
@@ -267,7 +274,7 @@ def test_the_contrastive_gradient_reaches_the_trunk_and_heads_are_in_the_optimiz
     cfg = config(caches[1:], tmp_path / "none", contrast=0.1)
     corpus = train_flow.Corpus(cfg.cache, 128, 8, 64, False, 0.6)
     encoder, _ = train_flow.start_encoder(cfg, corpus)
-    target, _, learned, _ = train_flow.fit_target(cfg, corpus)
+    target, _, learned, _ = fitted(cfg, corpus)
     model = train_flow.Model(train_flow.Velocity(encoder, learned, train_flow.Shape((8,), 3)), None, cfg)
     windows = corpus.windows("train")
     parts = train_flow.draw(target, *windows.locate(np.arange(12)), np.arange(12), cfg, 0, 0, 0.1)

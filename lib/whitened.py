@@ -1,0 +1,109 @@
+"""
+Recordings as a flow learns them: windows whitened by filters of their own, their level divided out, with codes of what is known of them.
+
+Shape letters: R recordings, B windows, C channels, T samples, F conditions, Q rhythms, X = F + 2 Q.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lib import conditions
+from lib.corpus import Corpus, fit_corpus, for_strangers
+from lib.errors import Unusable
+from lib.lineage import digest
+from lib.whitening import Whitening
+
+
+@dataclass
+class White:
+    """Some windows of one number of channels."""
+
+    x1_BCT: torch.Tensor  # whitened, level divided out, what rhythms repeat taken off
+    code_BX: torch.Tensor  # conditions, NaN where unknown, the level last, then the rhythms
+    raw_BCT: torch.Tensor  # in the cache's unit, as an encoder takes it
+    positions_BC3: torch.Tensor
+    mask_BC: torch.Tensor | None  # None: every channel is good
+    recording_B: np.ndarray
+    index_B: np.ndarray  # places in the batch that was asked for
+
+
+@dataclass
+class Target:
+    """What turns recordings into what is learned: windows, filters, conditions."""
+
+    corpus: Corpus
+    whiten: Whitening
+    group_R: np.ndarray  # filter of each recording
+    code_RF: torch.Tensor  # conditions of each recording
+    level: bool  # whether a window's RMS is divided out and a condition
+
+    def __post_init__(self):
+        self.place_RC = self.corpus.places(self.whiten.channels)  # which of the filters' channels are a recording's
+
+    def read(
+        self,
+        recording_B: np.ndarray,
+        start_B: np.ndarray,
+        index_B: np.ndarray,
+        max_channels: int,
+        micro: int,
+        seed: int,
+        step: int,
+    ) -> list[White]:
+        """Windows in micro-batches; which channels a window keeps depends on (seed, step, index) alone."""
+        found, group_R, whiten = [], self.group_R, self.whiten
+        for part in self.corpus.read(recording_B, start_B, index_B, max_channels, micro, seed, step):
+            row_B = part.recording_B
+            place_BC = np.take_along_axis(self.place_RC[row_B], part.kept_BC.numpy(), 1)
+            x1_BCT, level_B = whiten.whiten(part.x_BCT, group_R[row_B], part.mask_BC, self.level, place_BC)
+            code_BF = self.code_RF[torch.from_numpy(row_B)]
+            code_BF[:, -1] = level_B if self.level else math.nan
+            rhythm_BQ2 = whiten.rhythms(x1_BCT, group_R[row_B], part.mask_BC)
+            if rhythm_BQ2.shape[1] and x1_BCT.shape[1] == 1:
+                x1_BCT = x1_BCT - whiten.repeated(rhythm_BQ2, group_R[row_B], x1_BCT.shape[2])
+            raw_BCT = part.x_BCT[:, :, self.corpus.before :].contiguous()
+            code_BX = torch.cat([code_BF, rhythm_BQ2], 1)
+            found.append(White(x1_BCT, code_BX, raw_BCT, part.positions_BC3, part.mask_BC, row_B, part.index_B))
+        return found
+
+
+def fit_target(
+    corpus: Corpus,
+    *,
+    label: Sequence[str],
+    domain: Sequence[str],
+    speed: str,
+    traits: Sequence[str],
+    by_recording: bool,
+    order: int,
+    rhythms: int,
+    unmix: bool,
+    level: bool,
+) -> tuple[Target, Whitening, list[conditions.Condition], Counter]:
+    """
+    What makes windows, the part of it that the training recordings told, conditions, and which values of others these don't know, counted.
+
+    Raises Unusable for columns that no training recording has.
+    """
+    whiten, group_R = fit_corpus(corpus, by_recording, order, rhythms, unmix)
+    asked = {"label": label, "domain": domain, **{name: (name,) for name in traits}}
+    asked = {name: words for name, words in asked.items() if words}
+    values = corpus.values({"dataset": ("dataset",), **asked, "speed": (speed,)})
+    known = {key: digest(key) for key in whiten.names if by_recording}
+    for i, row in enumerate(values):
+        row |= {"rate": corpus.rate_hz(i), "recording": known.get(corpus.recordings[i].key)}
+    rows = [values[i] for i in corpus.rows("train")]
+    for name, words in asked.items():
+        if not any(name in row for row in rows):
+            flag = name if name in ("label", "domain") else "traits"
+            raise Unusable(f"--{flag} {' '.join(words)}: no training recording has it")
+    learned, unknown = conditions.learn(rows, ("dataset", "rate", *asked, "speed", "recording")), Counter()
+    code_RF = torch.tensor([conditions.encode(learned, row, unknown) for row in values], dtype=torch.float32)
+    strangers = sorted({*corpus.rows("val")} - {*corpus.rows("train")})
+    own, group_R = for_strangers(corpus, whiten, group_R, strangers, "val")
+    return Target(corpus, own, group_R, code_RF, level), whiten, learned, unknown
