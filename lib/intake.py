@@ -285,7 +285,8 @@ class Intake:
             if kind_T[a]:
                 self._hold(x_CT[:, a:b], ("saturated", "nan")[kind_T[a] - 1], windows)
                 continue
-            if self.run > self.hold:
+            # nothing but held samples yet: what they were held at is not this electrode's offset
+            if self.run > self.hold or 0 < self.run == self.inputs:
                 self._start(self.expected - len(kind_T) + a, self.why)
             self.run = 0
             self._filter(x_CT[:, a:b], windows)

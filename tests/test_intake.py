@@ -237,6 +237,18 @@ def test_too_long_a_run_of_bad_samples_starts_the_filter_anew():
     assert all(np.array_equal(a.x_CT, b.x_CT) for a, b in zip(after, fresh, strict=True))
 
 
+@pytest.mark.parametrize("value", [np.nan, -2e6])
+@pytest.mark.parametrize("channels", [slice(None), slice(3, 4)])
+def test_bad_samples_at_the_start_are_not_taken_for_the_electrodes_offset(channels, value):
+    x_TC = signal()
+    x_TC[:10, channels] = value
+    intake = Intake(LAYOUT, PATH)
+    windows = feed(intake, x_TC, (7, 1))
+    fresh = feed(Intake(LAYOUT, PATH), x_TC[10:], first=10)
+    assert [w.valid for w in windows] == [w.valid for w in fresh] and intake.counts["held"] == 10
+    assert all(np.array_equal(a.x_CT, b.x_CT) for a, b in zip(windows, fresh, strict=True))
+
+
 def test_a_short_gap_is_bridged_and_its_windows_are_invalid():
     x_TC, intake = signal(), Intake(LAYOUT, PATH)
     windows = feed(intake, x_TC[:400]) + feed(intake, x_TC[425:], first=425)  # 100 ms
