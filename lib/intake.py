@@ -240,6 +240,8 @@ class Intake:
         if 0 < gap and self.run + gap <= self.hold:
             self._hold(np.repeat(self.last_C[:, None], gap, axis=1), "gap", windows)
         else:
+            if gap < 0:
+                self.origin = seq  # the one before was of another count, and may lie hours ahead in this one
             self._start(seq, "gap" if gap > 0 else "rewind")
 
     def _start(self, seq: int, reason: str) -> None:

@@ -95,6 +95,17 @@ def test_windows_are_kept_again_after_the_count_went_back():
     assert made.kept_until <= 300
 
 
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_windows_follow_at_once_when_the_count_goes_back_behind_the_event_that_began_the_state(comes_back):
+    made = session()
+    list(made.event(wire.Event(5000, 0.0, "INFERENCE")))
+    list(made.samples(wire.Samples(5000, 0.0, LOUD[:200]), 0.0))
+    if comes_back:
+        made.attach()
+    todo = list(made.samples(wire.Samples(0, 0.0, LOUD[:200]), 0.0))
+    assert [a.window.start for a in todo if isinstance(a, Predict)] == list(range(0, 151, 25))
+
+
 @pytest.mark.parametrize(
     "answer", [RuntimeError("bug"), None, np.zeros(0), np.array([[np.inf, 0]]), "text", np.zeros((1, 2, 2))]
 )
