@@ -158,6 +158,14 @@ torch.library.register_autograd("berger::embed_tokens", _embed_tokens_gradients,
 torch.library.register_autograd("berger::selective_scan", _scan_gradients, setup_context=_keep_scan)
 
 
+def _no_second_gradients(ctx, *grads):  # torch would only warn, and take them for 0
+    raise NotImplementedError("kernels has first gradients only; the functions of kernels.reference have all")
+
+
+torch.library.register_autograd("berger::embed_tokens_backward", _no_second_gradients)
+torch.library.register_autograd("berger::selective_scan_backward", _no_second_gradients)
+
+
 def _widest(*tensors: torch.Tensor) -> torch.dtype:
     widest = tensors[0].dtype
     for t in tensors[1:]:

@@ -372,6 +372,23 @@ def test_opcheck():
     opcheck(torch.ops.berger.ema_.default, ([torch.randn(5)], [torch.randn(5)], 0.9, [torch.randn(5).bfloat16()]))
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "selective_scan"])
+def test_second_gradients_are_refused_where_the_meaning_has_them(name):
+    x, space, time, ids = token_case(2, 3, 4, 7, 16)
+    inputs = {"embed_tokens": [x, space, time], "selective_scan": scan_case(2, 9, 5, 3, torch.float32)}[name]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    rest = {"embed_tokens": (ids,), "selective_scan": (2,)}[name]
+
+    def second(package):
+        y = getattr(package, name)(*leaves, *rest).square().sum()
+        first = torch.autograd.grad(y, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    assert all(g.any() for g in second(reference))
+    with pytest.raises(NotImplementedError, match="kernels.reference"):
+        second(kernels)
+
+
 def test_torch_compile_takes_them_whole():
     inputs = [t.clone().requires_grad_() for t in scan_case(2, 19, 6, 3, torch.float32)]
     x, space, time, ids = token_case(2, 3, 4, 7, 16)
