@@ -66,7 +66,8 @@ def build(kind: str, say=lambda line: None) -> Path:
         return target
     gxx = compiler()
     if gxx is None:
-        raise BuildFailed("there is no g++")
+        wanted = os.environ.get("CXX")
+        raise BuildFailed(f"CXX={wanted} is no program here (one name, without flags)" if wanted else "there is no g++")
     try:
         with open(HERE / "_build.lock.tmp", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

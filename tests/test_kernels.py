@@ -459,8 +459,13 @@ def test_what_cannot_be_compiled_is_said_in_one_line(empty_build, monkeypatch):
     with pytest.raises(build.BuildFailed, match=r"failed: .*error: .*nothing") as info:
         build.build("plain")
     assert "\n" not in str(info.value) and not build.library("plain").exists() and not list(empty_build.glob("*.so.*"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildFailed, match="no g\\+\\+"):
+    for name in ("no-such-compiler", "g++ -m64"):
+        monkeypatch.setenv("CXX", name)
+        with pytest.raises(build.BuildFailed, match=f"CXX={re.escape(name)} .*without flags"):
+            build.build("plain")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(empty_build))
+    with pytest.raises(build.BuildFailed, match="there is no g\\+\\+"):
         build.build("plain")
 
 
