@@ -6,6 +6,7 @@ It connects, as consumers do, or with `listen` waits for the service to call (--
 
 import contextlib
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,11 +22,13 @@ def run(
 ) -> dict:  # fmt: skip
     """
     Print what the service at `address` says, and return the counts: after `lines` lines (0: never), or at its end without `retry`.
+    Why there is nothing to print is said once on stderr, until there is.
 
     Raises Unusable: the service refuses this client, or it can't be reached and `retry` is off.
     """
-    seen, attempt, write = Counter(), 0, write or command.write
+    (host, port), seen, attempt, write = address[:2], Counter(), 0, write or command.write
     while True:
+        why = "the connection was closed without a word"
         try:
             with contextlib.closing(connect(address, tls)) as link:
                 link.sendall(wire.handshake("consumer", "consumer", token))
@@ -38,12 +41,14 @@ def run(
                     attempt = 0
                 seen["connections"] += seen["lines"] > before
         except OSError as error:
+            why = error.strerror or error
             if not retry:
-                host, port = address
-                raise Unusable(f"--to {host}:{port}: {error.strerror or error}: start the service first") from error
+                raise Unusable(f"--to {host}:{port}: {why}: start the service first") from error
         if not retry:
             return dict(seen)
         attempt += 1
+        if attempt == 2:  # the first may be a service that is started again, or not yet
+            print(f"--to {host}:{port}: {why}; it is tried again", file=sys.stderr, flush=True)
         seen["reconnects"] += 1
         time.sleep(backoff_s(attempt))
 

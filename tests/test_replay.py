@@ -234,6 +234,17 @@ def test_the_client_prints_each_line_and_comes_back():
         consumer.run(address, retry=False)
 
 
+def test_a_client_that_reaches_nobody_says_so_once(capsys, monkeypatch):
+    waits = iter([0.0] * 5)
+    monkeypatch.setattr(consumer, "backoff_s", lambda attempt: next(waits))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+    with pytest.raises(StopIteration):  # it goes on for ever
+        consumer.run(address)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"--to {address[0]}:{address[1]}: Connection refused; it is tried again"]
+
+
 def test_the_client_can_be_called_by_the_service():
     printed, where = [], []
     ready = threading.Event()
