@@ -93,6 +93,8 @@ def read(path: Path | str, name: str | None = None, framing: str = "binary", spe
 
 def _source(path: Path | str, spec: ReadSpec) -> Source:
     """The one recording that `path` is, with its label files and what a dataset.toml beside it states."""
+    if not Path(path).exists():
+        raise Unusable(f"--replay {path}: there is no such file or folder")
     found = discover([path], defaults=spec)
     if found.rejected and not found.sources:
         _, _, code, reason = found.rejected[0]

@@ -1003,4 +1003,4 @@ def test_a_replay_of_nothing_ends_the_service_with_one_line(tmp_path):
     path = tmp_path / "none.edf"
     process, _ = start("--replay", str(path))
     out, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 2 and str(path) in err.splitlines()[-1] and "Traceback" not in err
+    assert process.returncode == 2 and f"--replay {path}:" in err.splitlines()[-1] and "Traceback" not in err
