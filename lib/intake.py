@@ -62,7 +62,7 @@ class Window:
     stop: int
     x_CT: np.ndarray  # float32, C-contiguous, in the model's order and unit
     valid: bool = True
-    reason: str | None = None  # settling (after the start), gap, rewind, nan, saturated
+    reason: str | None = None  # settling (after the start), gap, rewind, nan, saturated, flat (no channel moves)
 
 
 def stack(windows) -> np.ndarray:
@@ -160,8 +160,9 @@ class Intake:
         self.piece = PIECE if self.up == self.down else min(max(15 * self.down // self.up, 1), PIECE)
         most = max(1, -(-self.piece * self.up // self.down))
         self.ring = Ring(len(taken), path.window + 2 * most, np.float64)
-        look = min(round(LOOK_S * layout.rate_hz), LOOK_SAMPLES)
-        self.raw = Ring(len(taken), max(look, PIECE), np.float32)
+        self.look = min(round(LOOK_S * layout.rate_hz), LOOK_SAMPLES)
+        whole = -(-self.ring.kept * self.down // self.up) + self.piece  # what windows can reach back to
+        self.raw = Ring(len(taken), max(self.look, whole), np.float32)
         self.last_C = np.zeros(len(taken))
         self.filtered_TC = np.empty((self.piece, len(taken)))  # on the way to the resampler
         self.counts: Counter[str] = Counter()
@@ -338,8 +339,15 @@ class Intake:
         """With its place in the producer's count, and whether it is to be trusted."""
         self.marks = [m for m in self.marks if m[1] > first] if self.marks and self.marks[0][1] <= first else self.marks
         reason = next((why for a, b, why in self.marks if a < stop and b > first), None)
-        place = self.base + first * self.down // self.up, self.base + (stop - 1) * self.down // self.up + 1
-        return Window(*place, x_CT, reason is None, reason)
+        start, stop = first * self.down // self.up, (stop - 1) * self.down // self.up + 1
+        if reason is None and self._still(start, stop):
+            reason = "flat"
+        return Window(self.base + start, self.base + stop, x_CT, reason is None, reason)
+
+    def _still(self, start: int, stop: int) -> bool:
+        """Whether no channel moved in these samples, counted since the last start: of nothing a model says something all the same."""
+        x_CT = self.raw.read(self.raw_base + start, self.raw_base + stop)
+        return stop - start >= 8 and np.array_equal(x_CT[:, 0], x_CT[:, -1]) and bool((x_CT == x_CT[:, :1]).all())
 
     # ------------------------------------------------------------------------
     # how good the signal is
@@ -351,7 +359,7 @@ class Intake:
         `rms_uV` about the mean; `flat`: most samples equal the one before; `clipped`: many lie at an extreme, beside an equal one;
         `line`: share of the power above 1 Hz that is within 1 Hz of 50 or 60 Hz, the larger of both.
         """
-        count = min(self.raw.total, self.raw.kept)
+        count = min(self.raw.total, self.look)
         if count < 8:
             return {}
         x_CT = self.raw.read(self.raw.total - count, self.raw.total).astype(np.float64)

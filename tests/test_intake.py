@@ -225,6 +225,18 @@ def test_what_can_not_be_never_poisons_the_filter(place, length, value):
     assert np.abs(windows[-1].x_CT - clean[-1].x_CT).max() < 1.0  # µV: what was held has died away
 
 
+@pytest.mark.parametrize("rate_hz", [None, 100.0])
+def test_a_window_in_which_no_channel_moves_is_invalid(rate_hz):
+    x_TC = signal(8)
+    x_TC[500:1500] = x_TC[500]  # an amplifier that sends its last sample again and again
+    windows = feed(Intake(LAYOUT, replace(PATH, rate_hz=rate_hz)), x_TC, (1, 64, 200))
+    assert [w.reason for w in windows if w.start >= 200] == [
+        "flat" if w.start >= 500 and w.stop <= 1500 else None for w in windows if w.start >= 200
+    ]
+    x_TC[500:1500, 2] = signal(4, seed=1)[:, 2]
+    assert all(w.valid for w in feed(Intake(LAYOUT, PATH), x_TC) if w.start >= 200)  # one channel that does is enough
+
+
 def test_too_long_a_run_of_bad_samples_starts_the_filter_anew():
     x_TC = signal()
     x_TC[300:326, 3] = np.nan  # 104 ms

@@ -386,6 +386,16 @@ async def test_a_flat_channel_is_a_warning_only():
 
 
 @served
+async def test_of_the_same_sample_again_and_again_nothing_is_said():
+    async with serving(limits=PATIENT) as service:
+        reader, amp = await consumer(service), await producer(service)
+        for at in range(0, 100, 25):
+            await send(amp, np.repeat(LOUD[:1], 25, axis=0), 25, at)
+            await amp.pong()
+        assert [(m["prediction"], m["skip_reason"]) for m in await lines(reader, 3)] == [(None, "flat")] * 3
+
+
+@served
 async def test_a_slow_consumer_loses_its_own_oldest_lines_and_is_told():
     path = dataclasses.replace(PATH, step=2)
     async with serving(Power(path), PATIENT, partial_fit=0) as service:
