@@ -107,11 +107,14 @@ class Encoder:
 
         if self.ready:
             raise NotReady(self.ready)
-        x_NCT, good_NC = self.signal(x_NCT)
+        (x_NCT, good_NC), positions_C3 = self.signal(x_NCT), self._positions_C3
+        if good_NC is not None and good_NC[0].any() and (good_NC == good_NC[0]).all():
+            # left out rather than masked: the same is said, without the work on what the stream lacks
+            x_NCT, positions_C3, good_NC = x_NCT[:, good_NC[0]], positions_C3[good_NC[0]], None
         x_BCT = torch.from_numpy(x_NCT)
-        positions_BC3 = torch.from_numpy(self._positions_C3).expand(len(x_NCT), -1, -1)
+        positions_BC3 = torch.from_numpy(positions_C3).expand(len(x_NCT), -1, -1)
         with torch.inference_mode():
-            if self.quick is not None and good_NC is None and len(x_NCT) == 1:
+            if self.quick is not None and x_NCT.shape[:2] == (1, len(self.path.channels)) and good_NC is None:
                 out = list(self.quick(x_BCT, positions_BC3))
             else:
                 mask_BC = None if good_NC is None else torch.from_numpy(good_NC)

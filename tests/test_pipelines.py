@@ -275,6 +275,19 @@ def test_channels_that_are_zero_are_masked_but_not_the_reference(tmp_path):
     assert fz.signal(x_NCT)[1] is None
 
 
+def test_channels_that_a_stream_lacks_cost_nothing(tmp_path):
+    x_NCT, _ = windows(3, 2)
+    x_NCT[:, 4], x_NCT[0, 1] = 0, 0
+    made, seen = load_encoder(model_file(tmp_path, scale="none"), "task"), []
+    made.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].x_BCT.shape[1]))
+    together = made.predict_proba(x_NCT)  # not all lack the same
+    np.testing.assert_allclose(np.concatenate([made.predict_proba(x[None]) for x in x_NCT]), together, atol=1e-6)
+    assert seen == [6, 4, 5, 5]
+    made.warm("on")
+    np.testing.assert_allclose(made.predict_proba(x_NCT[1:2]), together[1:2], atol=1e-6)
+    assert np.isfinite(made.predict_proba(0 * x_NCT)).all()
+
+
 @pytest.mark.parametrize(
     "options, target, words",
     [
