@@ -426,7 +426,8 @@ def _wanted(announced: list[str], path: Path) -> tuple[tuple[str, ...], list[int
     lacking = [name for name, i in zip(path.channels, places, strict=True) if i < 0]
     if lacking and not path.partial:
         raise Unusable(
-            f"the stream lacks {_some(lacking)} of the model's {len(places)} channels; it has {_some(announced)}"
+            f"the stream lacks {_some(lacking)} of the model's {len(places)} channels; it has {_some(announced)}; "
+            "--missing mask serves it all the same"
         )
     return path.channels, places
 

@@ -153,7 +153,7 @@ def test_channels_are_found_by_name_and_brought_into_the_models_order():
 @pytest.mark.parametrize(
     "layout, path, words",
     [
-        (Layout(NAMES[:6], 250.0, "uV"), PATH, ("F8", "T7", "lacks")),
+        (Layout(NAMES[:6], 250.0, "uV"), PATH, ("F8", "T7", "lacks", "--missing mask")),
         (Layout((*NAMES, "T3"), 250.0, "uV"), replace(PATH, channels=(*NAMES[:7], "T5")), ("T5",)),
         (Layout(("Fz", "EEG Fz", "Cz"), 250.0, "uV"), Path(("Cz",), "FZ"), ("2 times",)),
         (LAYOUT, replace(PATH, reference="A1,A2"), ("reference A1,A2",)),
