@@ -308,8 +308,8 @@ async def receive(reader: asyncio.StreamReader, arrived: dict) -> None:
 
 async def play(
     children: list[Child], streams: int, seconds: float, speed: float, marks: tuple
-) -> tuple[dict, list[dict], list]:
-    """Send the same frames to all children in real time; when windows were sent, when their lines came, and what `marks` saw."""
+) -> tuple[list[dict], list[dict], list]:
+    """Send the same frames to all children in real time; for each when windows were sent and their lines came; what `marks` saw."""
     writers, tasks, arrived, kept = [], [], [], []
     for child in children:
         arrived.append({})
@@ -320,16 +320,16 @@ async def play(
         stream = wire.Stream(f"s{i}", CHANNELS, RATE_HZ)
         writers.append([(await connect(child, "producer", stream))[1] for child in children])
     x_TC = np.random.default_rng(1).normal(0, 10, (CHUNK, len(CHANNELS))).astype(np.float32)
-    sent, seen, marks = {}, [], list(marks)
+    sent, seen, marks = [{} for _ in children], [], list(marks)
     began = time.perf_counter()
     for n in range(int(seconds * RATE_HZ / CHUNK)):
         await asyncio.sleep(max(0.0, began + n * CHUNK / RATE_HZ / speed - time.perf_counter()))
         frame, stops = wire.frame_samples(n * CHUNK, n * CHUNK / RATE_HZ, x_TC), completed(n * CHUNK, CHUNK)
         for i in range(streams):
-            for writer in writers[i]:
+            for writer, own in zip(writers[i], sent, strict=True):
+                now = time.perf_counter()  # before it is sent, which takes its time too
                 writer.write(frame)
-            for stop in stops:
-                sent[f"s{i}", stop] = time.perf_counter()
+                own |= {(f"s{i}", stop): now for stop in stops}
         while marks and n * CHUNK / RATE_HZ >= marks[0] * seconds:
             marks.pop(0)
             seen.append([(child.cpu_s(), child.memory_kib(), time.perf_counter()) for child in children])
@@ -348,10 +348,12 @@ def percentiles(late_ms: list[float]) -> dict:
 def latency(cfg: Config, model: str) -> dict:
     """One stream to the service and to the server that does nothing, side by side."""
     with Child(model) as child, Child("noop") as idle:
-        sent, (ours, theirs), seen = asyncio.run(play([child, idle], 1, cfg.seconds, cfg.speed, (0.1, 0.99)))
+        (sent, sent_idle), (ours, theirs), seen = asyncio.run(
+            play([child, idle], 1, cfg.seconds, cfg.speed, (0.1, 0.99))
+        )
     both = [key for key in list(sent)[8:] if key in ours and key in theirs]
     a = {key: (ours[key] - sent[key]) * 1e3 for key in both}
-    b = {key: (theirs[key] - sent[key]) * 1e3 for key in both}
+    b = {key: (theirs[key] - sent_idle[key]) * 1e3 for key in both}
     calm_ms = 3 * statistics.median(b.values())
     quiet = [key for key in both if b[key] <= calm_ms]  # when the machine let the server that does nothing answer
     row = {
@@ -370,7 +372,7 @@ def latency(cfg: Config, model: str) -> dict:
 def load(cfg: Config, model: str, streams: int) -> dict:
     """Many streams in step; windows of the last two steps don't count, because what follows them sheds nothing any more."""
     with Child(model) as child:
-        sent, (ours,), seen = asyncio.run(play([child], streams, cfg.seconds, cfg.speed, (0.1, 0.5, 0.99)))
+        (sent,), (ours,), seen = asyncio.run(play([child], streams, cfg.seconds, cfg.speed, (0.1, 0.5, 0.99)))
     newest = max(stop for _, stop in sent)
     sent = {key: at for key, at in sent.items() if key[1] <= newest - 2 * PATH.step}
     late_ms = [(ours[key] - sent[key]) * 1e3 for key in sent if key in ours]
