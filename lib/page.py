@@ -104,7 +104,7 @@ class _Trail:
         self.said: deque[tuple] = deque(maxlen=PREDICTIONS)
 
     def add(self, seq: int, x_TC: np.ndarray) -> None:
-        if self.chunks and seq < self.chunks[-1][0]:  # the producer counts anew
+        if self.chunks and seq < self.chunks[-1][0] + len(self.chunks[-1][1]):  # the producer counts anew
             self.chunks.clear()
             self.said.clear()
         self.chunks.append((seq, x_TC))

@@ -98,6 +98,9 @@ def test_memory_is_bounded_whatever_comes(live):
     assert 1250 <= sum(len(x) for _, x in trail.chunks) <= 1260 and len(trail.said) == page.PREDICTIONS
     live.samples("stream 99", 250.0, ("a", "b"), 0, x_TC)  # the producer counts anew
     assert len(trail.chunks) == 1
+    for _ in range(1000):  # and again and again
+        live.samples("stream 99", 250.0, ("a", "b"), 0, x_TC)
+    assert len(live.streams["stream 99"].chunks) == 1
     live.samples("stream 99", 500.0, ("a",), 0, np.full((3, 1), [[3e38]], np.float32))
     live.samples("stream 99", 500.0, ("a",), 10**15, np.full((3, 1), [[np.inf]], np.float32))
     assert ask(live, "/data")[0] == 200
