@@ -70,8 +70,13 @@ def emit(results: dict) -> None:
 
 
 def write(text: str) -> None:
-    """Write to the real stdout, at once."""
-    print(text, end="", file=_out or sys.stdout, flush=True)
+    """Write to the real stdout, at once. Raises Failed where nobody reads it any more."""
+    out = _out or sys.stdout
+    try:
+        print(text, end="", file=out, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # or closing it would try once more
+        raise Failed("stdout was closed before all was written") from None
 
 
 def parse(

@@ -24,14 +24,21 @@ def run(
     Print what the service at `address` says, and return the counts: after `lines` lines (0: never), or at its end without `retry`.
     Why there is nothing to print is said once on stderr, until there is.
 
-    Raises Unusable: the service refuses this client, or it can't be reached and `retry` is off.
+    Raises Unusable: the service refuses this client, or it can't be reached and `retry` is off. What `write` raises passes.
     """
     (host, port), seen, attempt, write = address[:2], Counter(), 0, write or command.write
     while True:
         why = "the connection was closed without a word"
         try:
-            with contextlib.closing(connect(address, tls)) as link:
-                link.sendall(wire.handshake("consumer", "consumer", token))
+            link = connect(address, tls)
+        except OSError as error:
+            why = error.strerror or error
+            if not retry:
+                raise Unusable(f"--to {host}:{port}: {why}: start the service first") from error
+        else:
+            with contextlib.closing(link):
+                with contextlib.suppress(OSError):  # then there is nothing to read either
+                    link.sendall(wire.handshake("consumer", "consumer", token))
                 before = seen["lines"]
                 for line in _lines(link):
                     _count(seen, line)
@@ -40,10 +47,6 @@ def run(
                         return dict(seen)
                     attempt = 0
                 seen["connections"] += seen["lines"] > before
-        except OSError as error:
-            why = error.strerror or error
-            if not retry:
-                raise Unusable(f"--to {host}:{port}: {why}: start the service first") from error
         if not retry:
             return dict(seen)
         attempt += 1

@@ -234,6 +234,18 @@ def test_the_client_prints_each_line_and_comes_back():
         consumer.run(address, retry=False)
 
 
+def test_a_client_ends_when_nobody_reads_what_it_prints():
+    def write(line):
+        raise BrokenPipeError
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=lambda: server.accept()[0].sendall(wire.SERVICE_HANDSHAKE))
+        thread.start()
+        with pytest.raises(BrokenPipeError):  # not to be taken for a service that is gone, and called again
+            consumer.run(server.getsockname(), write=write, retry=False)
+        thread.join()
+
+
 def test_a_client_that_reaches_nobody_says_so_once(capsys, monkeypatch):
     waits = iter([0.0] * 5)
     monkeypatch.setattr(consumer, "backoff_s", lambda attempt: next(waits))

@@ -60,6 +60,28 @@ def outcome(main, capfd, monkeypatch, *args, presets=PRESETS) -> tuple[int, str,
 # the command line
 
 
+NOBODY_READS = """
+import sys
+from dataclasses import dataclass
+from lib import command
+
+@dataclass(frozen=True)
+class Config:
+    lr: float = 0.1
+
+sys.exit(command.run(lambda cfg: {"answer": 42}, Config, "doc"))
+"""
+
+
+def test_a_stdout_that_nobody_reads_is_one_line_and_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-c", NOBODY_READS]
+    done = subprocess.run(words, cwd=recipes.ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "-c: stdout was closed before all was written\n")
+
+
 def test_results_are_the_only_thing_on_stdout(capfd, monkeypatch):
     def main(cfg):
         print("noise")
