@@ -203,6 +203,8 @@ def ema_(
     path()
     with torch.no_grad():
         torch.ops.berger.ema_(teacher, student, momentum, copies or [])
+    # or a backward pass would take the new for the old
+    torch.autograd.graph.increment_version([*teacher, *(copies or [])])
 
 
 def sos_stream(x_CT: torch.Tensor, sos_S6: torch.Tensor, state_S2C: torch.Tensor) -> torch.Tensor:

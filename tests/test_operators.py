@@ -265,6 +265,15 @@ def test_ema(teacher, student, momentum):
         assert torch.equal(c, now.bfloat16())
 
 
+def test_a_teacher_that_moved_before_its_backward_pass_is_an_error():
+    teacher, x = torch.randn(5), torch.randn(5, requires_grad=True)
+    for moved, copies in (([teacher], None), ([torch.randn(5)], [teacher])):
+        y = (teacher * x).sum()
+        kernels.ema_(moved, [torch.randn(5)], 0.9, copies)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
 def test_ema_of_any_strides_and_nan():
     t, s = torch.randn(6, 8), torch.randn(6, 8)
     s[2, 3] = torch.nan
