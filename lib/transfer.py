@@ -4,13 +4,13 @@ From one data set, person or day to another without labels: features are moved t
     recentre   each subject's mean (Zanini 2018, in feature space)
     normalise  mean and deviation of each recording
     adabn      mean and deviation of each data set (AdaBN, Li 2016: the statistics of a normalisation are the domain's own)
-    coral      covariance of each data set (Sun 2016)
+    coral      covariance of each data set (Sun 2016), in the directions of largest variance
 
-Shape letters: B windows, S subjects, X features.
+Shape letters: B windows, S subjects, X features, R directions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -21,35 +21,50 @@ from lib.cache import Cache
 from lib.errors import Unusable
 
 Transfer = Literal["none", "recentre", "normalise", "adabn", "coral"]
-WIDEST = 1024  # features whose covariance is kept in a model's file
-SHRUNK = 0.1  # of a covariance's mean variance, added to its diagonal
+RANK = 128  # directions of largest variance that a covariance is kept by
+SHRUNK = 0.1  # of a covariance's mean variance, added to its diagonal, so that there is an inverse
 
 
 @dataclass
 class Domain:
-    """Where features lie."""
+    """Where features lie: their mean, deviation, and covariance as basis_XR diag(size_R) basis_XR' + level I."""
 
     mean_X: np.ndarray
     std_X: np.ndarray
-    covariance_XX: np.ndarray | None = None  # None: too wide
+    basis_XR: np.ndarray
+    size_R: np.ndarray
+    level: np.ndarray
 
     @classmethod
     def of(cls, z_BX: np.ndarray) -> "Domain":
-        wide = z_BX.shape[1] > WIDEST
-        return cls(
-            z_BX.mean(0), z_BX.std(0), None if wide else np.cov(z_BX, rowvar=False).reshape((z_BX.shape[1],) * 2)
-        )
+        """Of features in float64; with more than RANK of them, by a randomised decomposition (Halko 2011) with a fixed seed."""
+        mean_X = z_BX.mean(0)
+        scaled_BX = (z_BX - mean_X) / max(len(z_BX) - 1, 1) ** 0.5
+        if min(scaled_BX.shape) <= RANK:
+            _, spread_R, basis_RX = np.linalg.svd(scaled_BX, full_matrices=False)
+        else:
+            from sklearn.utils.extmath import randomized_svd  # here: it takes a second to import
+
+            _, spread_R, basis_RX = randomized_svd(scaled_BX, RANK, random_state=0)
+        level = SHRUNK * max(float((scaled_BX**2).sum()) / z_BX.shape[1], 1e-12)
+        return cls(mean_X, z_BX.std(0), basis_RX.T, spread_R**2, np.array(level))
+
+    def shaped(self, z_BX: np.ndarray, exponent: float) -> np.ndarray:
+        """Centred features times a power of the covariance."""
+        rest = self.level**exponent
+        return rest * z_BX + (z_BX @ self.basis_XR) * ((self.size_R + self.level) ** exponent - rest) @ self.basis_XR.T
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is kept in a model's file."""
-        kept = {name: value for name, value in vars(self).items() if value is not None}
-        return {f"domain.{name}": torch.from_numpy(np.asarray(value, np.float32)) for name, value in kept.items()}
+        return {f"domain.{name}": torch.from_numpy(np.asarray(v, np.float32)) for name, v in vars(self).items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Domain":
-        return cls(
-            **{n.removeprefix("domain."): t.double().numpy() for n, t in tensors.items() if n.startswith("domain.")}
-        )
+        """Raises Unusable for those of an earlier version."""
+        own = {n.removeprefix("domain."): t.double().numpy() for n, t in tensors.items() if n.startswith("domain.")}
+        if own.keys() != {f.name for f in fields(cls)}:
+            raise Unusable("the model's file is of an earlier version of lib/transfer.py: train it again")
+        return cls(**own)
 
 
 class Offsets(nn.Module):
@@ -82,9 +97,7 @@ def groups(cache: Cache, row_B: np.ndarray, how: Transfer) -> np.ndarray:
 
 
 def moved(z_BX: np.ndarray, group_B: np.ndarray, how: Transfer, source: Domain) -> np.ndarray:
-    """Features of each group moved to the source's. Raises Unusable for coral where features are too many."""
-    if how == "coral" and source.covariance_XX is None:
-        raise Unusable(f"--transfer coral needs at most {WIDEST} features: take --readout mean, or fewer --filters")
+    """Features of each group moved to the source's."""
     z_BX = np.array(z_BX, np.float64)
     for group in np.unique(group_B) if how != "none" else ():
         own = group_B == group
@@ -92,14 +105,6 @@ def moved(z_BX: np.ndarray, group_B: np.ndarray, how: Transfer, source: Domain) 
         if how in ("normalise", "adabn"):
             centred_BX = centred_BX / np.maximum(centred_BX.std(0), 1e-6) * source.std_X
         elif how == "coral":
-            centred_BX = centred_BX @ _power(np.cov(centred_BX, rowvar=False), -0.5) @ _power(source.covariance_XX, 0.5)
+            centred_BX = source.shaped(Domain.of(centred_BX).shaped(centred_BX, -0.5), 0.5)
         z_BX[own] = centred_BX + source.mean_X
     return z_BX
-
-
-def _power(covariance_XX: np.ndarray, exponent: float) -> np.ndarray:
-    """A power of a covariance, shrunk towards a multiple of the identity, so that there is an inverse."""
-    covariance_XX = np.atleast_2d(covariance_XX)
-    level = np.trace(covariance_XX) / len(covariance_XX)
-    size_X, basis_XX = np.linalg.eigh(covariance_XX + SHRUNK * max(level, 1e-12) * np.eye(len(covariance_XX)))
-    return (basis_XX * size_X.clip(1e-12) ** exponent) @ basis_XX.T

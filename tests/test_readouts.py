@@ -141,13 +141,26 @@ def test_transfer_moves_what_is_shifted_scaled_or_turned():
             if same == "std":
                 assert own.std(0) == pytest.approx(source.std_X)
             if same == "covariance":
-                gap = np.abs(np.cov(own, rowvar=False) - source.covariance_XX).max()
-                assert gap < 0.25 * np.abs(np.cov(turned_BX, rowvar=False) - source.covariance_XX).max()
+                wanted = np.cov(source_BX, rowvar=False)
+                gap = np.abs(np.cov(own, rowvar=False) - wanted).max()
+                assert gap < 0.25 * np.abs(np.cov(turned_BX, rowvar=False) - wanted).max()
     assert np.array_equal(moved(turned_BX, group_B, "none", source), turned_BX)
     kept = Domain.from_tensors(source.tensors())
     assert kept.mean_X == pytest.approx(source.mean_X, abs=1e-6)
-    with pytest.raises(Unusable, match="coral needs at most"):
-        moved(turned_BX, group_B, "coral", replace(source, covariance_XX=None))
+    with pytest.raises(Unusable, match="earlier version"):
+        Domain.from_tensors({"domain.mean_X": torch.zeros(3), "domain.covariance_XX": torch.eye(3)})
+
+
+@pytest.mark.parametrize("width", [40, 2000])
+def test_coral_is_the_whole_covariance_where_it_has_few_directions(width):
+    rng = np.random.default_rng(0)
+    z_BX = rng.standard_normal((300, 60)) @ rng.standard_normal((60, width)) + 0.01 * rng.standard_normal((300, width))
+    z_BX -= z_BX.mean(0)
+    covariance_XX = np.cov(z_BX, rowvar=False)
+    size_X, basis_XX = np.linalg.eigh(covariance_XX + 0.1 * np.trace(covariance_XX) / width * np.eye(width))
+    for exponent in (-0.5, 0.5):
+        whole_BX = z_BX @ (basis_XX * size_X**exponent) @ basis_XX.T
+        assert np.abs(Domain.of(z_BX).shaped(z_BX, exponent) - whole_BX).max() < 1e-3 * np.abs(whole_BX).max()
 
 
 def test_prototypes_tell_classes_within_and_across_subjects():
