@@ -74,7 +74,7 @@ def draw_masks(
     """
     Hide `ratio` of each window's own good tokens, rounded half up, but at least one and never all.
 
-    random: single tokens. Otherwise blocks, until the number is met; the last one is cut to its electrodes nearest its centre:
+    random: single tokens. Otherwise blocks, until the number is met; the last one is cut to what is nearest its centre, in metres, then in time:
     spatial: all patches of the electrodes within radius_m; temporal: `length` patches of all electrodes; spatiotemporal (Guetschel
     2026): `length` patches of the electrodes within radius_m. An electrode without a position (NaN) is near itself only.
     """
@@ -135,8 +135,11 @@ def _order_of_blocks(
         near_AC = distance_AC <= radius_m
         during_AP = (time_P >= start_A[:, None]) & (time_P < start_A[:, None] + length)
         new_ACP = free_ACP & near_AC[:, :, None] & during_AP[:, None, :]
-        when_AC1 = block + np.minimum(distance_AC, 0.999)[:, :, None]  # a distance in metres is well below 1
-        order_BCP[rows] = np.where(new_ACP, when_AC1, order_BCP[rows])
+        away_A1P = (
+            1e-7 * np.abs(time_P - patch_A[:, None])[:, None]
+        )  # of an electrode that is cut, what is near in time
+        when_ACP = block + np.minimum(distance_AC, 0.999)[:, :, None] + away_A1P  # distances in metres are well below 1
+        order_BCP[rows] = np.where(new_ACP, when_ACP, order_BCP[rows])
         open_B[rows] -= new_ACP.sum((1, 2))
     return order_BCP
 

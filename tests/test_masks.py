@@ -138,6 +138,15 @@ def test_blocks_start_everywhere_and_choose_every_electrode():
     assert abs(share_CP.mean() - 46 / 76) < 1e-9
 
 
+def test_of_a_lone_electrode_any_patch_may_be_hidden_and_hidden_ones_are_neighbours():
+    positions_BC3, mask_BC = montage(*[TEN_TWENTY[:1]] * 300)
+    target_BP = grids(draw_masks("spatial", positions_BC3, mask_BC, 8, 0.5, 0.09, 2, 0, 0, np.arange(300)), 1, 8)[1][
+        :, 0
+    ]
+    assert (target_BP.sum(1) == 4).all() and (np.abs(np.diff(target_BP.astype(int), axis=1)).sum(1) <= 2).all()
+    assert target_BP.mean(0).min() > 0.2
+
+
 def test_random_numbers_are_uniform_and_independent_of_each_other():
     u_BW = uniform(5, 9, np.arange(300), 500, "a")
     assert 0 <= u_BW.min() and u_BW.max() < 1 and len(np.unique(u_BW)) == u_BW.size
