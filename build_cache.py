@@ -416,7 +416,7 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
         "scale": [float(v) for v in ready.scale_C],
         "offset": [float(v) for v in ready.offset_C],
         "events": [
-            [float(e.onset_s), float(e.duration_s), e.label, None if np.isnan(e.value) else e.value]
+            [float(e.onset_s), float(e.duration_s), e.label, e.value if np.isfinite(e.value) else None]
             for e in recording.events
         ],
         "columns": recording.columns,

@@ -4,6 +4,7 @@ Arrays in NPY, NPZ, MAT (v5 and v7.3) and HDF5 files: which of them is the signa
 T samples, C channels, N snapshots.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def _sorted_out(content: dict, table: Table) -> tuple[dict, dict]:
             number = float(np.ravel(array[()])[0])
             if name.lower() in RATES:
                 table.rate_hz = number
-            else:
+            elif math.isfinite(number):  # a fact that isn't known is no fact, and JSON couldn't hold it
                 table.columns["rpm" if name.lower().endswith("rpm") else name] = number
         elif array.dtype.kind in "fiu" and array.size:
             wide = [n for n in array.shape if n > 1]

@@ -99,7 +99,7 @@ def _events(rows: list[dict], rate_hz: float, notes: list[str]) -> tuple[list[in
         elif label in ("boundary", "-99"):  # the latter is ERPLAB's
             breaks.append(math.ceil(sample))  # it stands between two samples
         else:
-            events.append(Event(sample / rate_hz, samples / rate_hz if samples > 0 else 0.0, label, value))
+            events.append(Event(sample / rate_hz, samples / rate_hz if 0 < samples < math.inf else 0.0, label, value))
     return breaks, sorted(events, key=lambda e: e.onset_s)
 
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.io
 
 import build_cache
 from lib import filters, recordings, store
@@ -443,6 +444,24 @@ def test_a_seizure_less_data_set_does_not_hide_beside_another(tmp_path):
     assert not (tmp_path / "cache" / "manifest.json").exists()
     code, result, stderr = run(*both, "--allow-no-seizures")
     assert code == 0 and result["reused"] == 12 and result["windows"]["full"] > 0, stderr
+
+
+def test_numbers_that_are_none_do_not_end_a_build(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    x_CT = noise_uv(np.random.default_rng(0), len(NAMES), 16 * 200)
+    facts = {"data": x_CT, "fs": 200.0, "unit": "uV", "ch_names": NAMES}
+    np.savez(raw / "sub-01.npz", **facts, age=np.nan, threshold=np.inf, gain=24.0)
+    kind = [("latency", object), ("type", object), ("duration", object)]
+    events = np.array([(201.0, "inf", 5.0), (401.0, "look", np.inf)], kind)
+    chanlocs = np.array([(name,) for name in NAMES], [("labels", object)])
+    eeg = {"nbchan": len(NAMES), "pnts": x_CT.shape[1], "srate": 200, "data": x_CT}
+    scipy.io.savemat(raw / "sub-02.set", {"EEG": {**eeg, "chanlocs": chanlocs, "event": events}}, appendmat=False)
+    code, result, stderr = run("--source", raw, "--cache", tmp_path / "cache", "--workers", 1)
+    assert code == 0 and result["recordings"] == 2, stderr
+    cache = Cache(tmp_path / "cache")
+    assert cache.recordings[0].columns == {"gain": 24.0}
+    assert [(e.onset_s, e.duration_s, e.label) for e in cache.events(1)] == [(1.0, 0.025, "inf"), (2.0, 0.0, "look")]
 
 
 def test_reasons_do_not_name_the_folder(tmp_path):
