@@ -19,7 +19,7 @@ NO_MARKERS = "Brain Vision Data Exchange Marker File, Version 1.0\n[Marker Infos
 
 def open_vhdr(path: Path, spec: ReadSpec) -> Recording:
     """Opens a BrainVision recording. Raises Rejected: `bad_header`, `missing_file`, `no_data`, `truncated`, `size_mismatch`."""
-    encoding, text = _decoded(path)
+    text = _decoded(path)
     entry = _entries(text)
     data, markers = _found(path, entry)
     if data is None:
@@ -27,14 +27,16 @@ def open_vhdr(path: Path, spec: ReadSpec) -> Recording:
         raise Rejected("missing_file", f"{path.name} names {named}, which is not beside it")
     _check_sizes(path, entry, data, markers)
 
-    with tempfile.TemporaryDirectory() as folder:  # only the header is read from there, the data stay where they are
-        none = Path(folder) / "none.vmrk"
-        none.write_text(NO_MARKERS)
-        for key, file in (("DataFile", data), ("MarkerFile", markers or none)):
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # header and markers are read from there, the data stay where they are
+        marks = Path(folder) / "markers.vmrk"
+        marks.write_bytes(_as_utf8(_decoded(markers) if markers else NO_MARKERS))
+        for key, file in (("DataFile", data), ("MarkerFile", marks)):
             line = f"{key}={file.resolve()}".replace("\\", r"\\")
             text = re.sub(rf"(?mi)^{key}[ \t]*=.*$", line, text)
         copy = Path(folder) / "header.vhdr"
-        copy.write_bytes(text.encode(encoding))
+        copy.write_bytes(_as_utf8(text))
         recording = open_mne(copy, spec, shown=path)
 
     if entry.get("markerfile") and markers is None:
@@ -47,16 +49,21 @@ def open_vhdr(path: Path, spec: ReadSpec) -> Recording:
 
 def parts(path: Path) -> list[Path]:
     """The data and marker files of a header, those that are there."""
-    return [file for file in _found(path, _entries(_decoded(path)[1])) if file]
+    return [file for file in _found(path, _entries(_decoded(path))) if file]
 
 
-def _decoded(path: Path) -> tuple[str, str]:
-    """(encoding, text): UTF-8 as the format wants it, else Latin-1, as older recorders wrote it."""
+def _decoded(path: Path) -> str:
+    """The text of a file: UTF-8 as the format wants it, else Latin-1, as older recorders wrote it."""
     data = path.read_bytes()
     try:
-        return "utf-8", data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return "latin-1", data.decode("latin-1")
+        return data.decode("latin-1")
+
+
+def _as_utf8(text: str) -> bytes:
+    """What MNE reads right whatever the text was written in: Latin-1 can't hold every folder, and comments in it stop MNE."""
+    return re.sub(r"(?mi)^Codepage[ \t]*=.*?(\r?)$", r"Codepage=UTF-8\1", text).encode()
 
 
 def _entries(text: str) -> dict[str, str]:
@@ -95,13 +102,13 @@ def _check_sizes(path: Path, entry: dict[str, str], data: Path, markers: Path | 
     if stated and samples > stated:
         raise Rejected("size_mismatch", f"{data.name} holds {samples} samples, the header says {stated}")
     if markers:
-        positions = re.findall(r"^Mk\d+=[^,]*,[^,]*,(\d+)", _decoded(markers)[1], re.MULTILINE)
+        positions = re.findall(r"^Mk\d+=[^,]*,[^,]*,(\d+)", _decoded(markers), re.MULTILINE)
         last = max(map(int, positions), default=0)
         if last > samples + 1:  # counted from 1, and a marker may stand at the very end
             raise Rejected("truncated", f"{data.name} holds {samples} samples, but a marker is at sample {last}")
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
-        duration_s = json.loads(_decoded(sidecar)[1]).get("RecordingDuration")
+        duration_s = json.loads(_decoded(sidecar)).get("RecordingDuration")
         if isinstance(duration_s, int | float) and samples * period_s < duration_s - max(1.0, 0.01 * duration_s):
             raise Rejected(
                 "truncated", f"{data.name} lasts {samples * period_s:.1f} s, {sidecar.name} says {duration_s:.1f} s"

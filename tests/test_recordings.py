@@ -166,6 +166,20 @@ def test_brainvision_files_that_were_moved_or_renamed(tmp_path, x_CT):
     assert code(tmp_path / "neu ö.vhdr") == "missing_file"
 
 
+@pytest.mark.parametrize("codepage", ["Codepage=ANSI\n", ""])
+def test_brainvision_of_an_older_recorder_in_any_folder(tmp_path, x_CT, codepage):
+    folder = tmp_path / "日本 é"
+    folder.mkdir()
+    path = write_brainvision(folder, x_CT, markers=[("Comment", "Augen geöffnet", 251, 1)])
+    for ending in (".vhdr", ".vmrk"):
+        file = folder / f"sub{ending}"
+        text = file.read_text("utf-8").replace("Codepage=UTF-8\n", "")
+        file.write_bytes(text.replace("[Common Infos]\n", f"[Common Infos]\n{codepage}").encode("latin-1"))
+    recording = open_recording(path)
+    assert np.abs(recording.read(range(6)) - x_CT).max() < 0.051
+    assert labels(recording) == [(1.0, "Comment/Augen geöffnet")]
+
+
 def test_brainvision_shorter_than_anything_says(tmp_path, x_CT):
     def cut_to(path: Path, size: int) -> str:
         data = path.with_suffix(".eeg")
