@@ -55,7 +55,7 @@ PROFILES = {
 _PREFIX = re.compile(r"^(EEG|EEG:)[\s:_-]+", re.IGNORECASE)
 _REFERENCE = re.compile(r"-(REF|LE|AR|AVG|AVE|CAR)$", re.IGNORECASE)
 _KINDS = {  # by whole word at the start of the cleaned, upper-case name
-    "eog": r"EOG|HEOG|VEOG|LOC|ROC|LUE|RLE",
+    "eog": r"EOG|HEOG|VEOG|LOC|ROC|LUE|RLE|E[12]-(?:[AM][12]|FPZ)",
     "ecg": r"ECG|EKG",
     "emg": r"EMG",
     "stim": r"STIM|STI|STATUS|TRIG|TRIGGER|TRG|EVENT|MARKER|MARKERS|MARKER0|PHOTIC|DIN|BNC|STIMULUS|ANNOTATIONS|EDF ANNOTATIONS|BDF ANNOTATIONS",
@@ -86,6 +86,11 @@ def kind(name: str) -> str:
 def is_biosemi(names: list[str]) -> bool:
     """Whether A1, A2 … are BioSemi's cap positions rather than the ear lobes: then A3 and A4 stand beside them."""
     return {"A3", "A4"} <= {n.strip() for n in names}
+
+
+def are_eyes(names: list[str]) -> bool:
+    """Whether E1 and E2 are the eyes of a sleep recording (AASM) rather than electrodes of EGI's net, which has more of them."""
+    return sum(name.startswith("E") and name in POSITIONS for name in map(canonical, names)) <= 2
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,8 @@ def select(
             usable[i] = False
 
     if profile == "all":
-        candidates = [i for i in range(len(names)) if usable[i] and canon[i]]
+        eyes = ("E1", "E2") if are_eyes(names) and not stated else ()
+        candidates = [i for i in range(len(names)) if usable[i] and canon[i] and canon[i] not in eyes]
         # names that say nothing (BioSemi caps, `ch1`, `EEG 001`) are taken where the user gave them, or where no electrode is known
         wanted = candidates if stated or "vibration" in kinds else [i for i in candidates if known[i]] or candidates
         if not wanted:

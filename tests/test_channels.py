@@ -69,6 +69,16 @@ def test_biosemi_names_are_no_ear_lobes():
     assert picked.names == tuple(names) and picked.indices == tuple(range(16))
 
 
+def test_e1_and_e2_of_a_sleep_recording_are_eyes():
+    def picked(*names: str, **options) -> tuple[str, ...]:
+        return channels.select(names, [channels.kind(n) for n in names], "all", **options).names
+
+    assert picked("C3", "C4", "O1", "E1", "E2") == ("C3", "C4", "O1")
+    assert picked("C3-M2", "C4-M1", "E1", "E2") == ("C3-M2", "C4-M1") == picked("C3-M2", "C4-M1", "E1-M2", "E2-M2")
+    assert picked("E1", "E2", "E3", "Cz") == ("Cz", "E1", "E2", "E3")  # EGI's net, or a part of it
+    assert picked("C3", "E1", "E2", stated=True) == ("C3", "E1", "E2")
+
+
 def test_duplicates():
     names, kinds = ["C3", "C3", "C4"], ["eeg"] * 3
     with pytest.raises(Rejected, match="ambiguous_channel"):
