@@ -701,11 +701,11 @@ def verify(cfg: Config) -> dict:
     """Check every byte; names each damaged file."""
     problems = store.verify(cfg.cache)
     if problems:
-        for line in problems:
-            print(line, file=sys.stderr)
-        paths = shlex.join(dict.fromkeys(line.split(" ")[0] for line in problems))
+        lines = [f"{path} {what}" for path, what in problems]
+        print(*lines, sep="\n", file=sys.stderr)
+        paths = shlex.join(dict.fromkeys(str(path) for path, _ in problems))
         raise Unusable(
-            f"{len(problems)} damaged in {cfg.cache}: {problems[0]}; mend: rm -f {paths} && {store.build_command(cfg.cache)}"
+            f"{len(problems)} damaged in {cfg.cache}: {lines[0]}; mend: rm -f {paths} && {store.build_command(cfg.cache)}"
         )
     counts = store.read_manifest(cfg.cache)["counts"]
     return {"cache": str(cfg.cache), "verified": True, **counts}

@@ -356,7 +356,7 @@ class OpenFiles:
 
 def _refuse(path: Path, problems) -> None:
     """Raise Unusable for the first problems found, with the command that mends them."""
-    found = list(problems)
+    found = [f"{file} {what}" for file, what in problems]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise Unusable(f"{found[0]}{more}; mend it: {store.build_command(path)}")

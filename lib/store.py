@@ -183,21 +183,21 @@ def read_manifest(directory: Path) -> dict:
 
 
 def table_problems(directory: Path, files: dict):
-    """One line for every table that is missing or does not hold what the manifest says."""
+    """(path, what is wrong) for every table that is missing or does not hold what the manifest says."""
     for name, expected in files.items():
         try:
             data = (directory / name).read_bytes()
         except OSError:
-            yield f"{directory / name} is missing"
+            yield directory / name, "is missing"
             continue
         if len(data) != expected["bytes"]:
-            yield f"{directory / name} has {len(data)} bytes, expected {expected['bytes']}"
+            yield directory / name, f"has {len(data)} bytes, expected {expected['bytes']}"
         elif hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            yield f"{directory / name} is damaged (sha256 differs from the manifest)"
+            yield directory / name, "is damaged (sha256 differs from the manifest)"
 
 
 def shard_problems(directory: Path, recordings: list[dict], checksums: bool = False):
-    """One line for every shard that is missing, of the wrong size or, with `checksums`, damaged; sizes come from one directory scan."""
+    """(path, what is wrong) for every shard: missing, of the wrong size or, with `checksums`, damaged; sizes come from one directory scan."""
     shards = directory / "shards"
     try:
         with os.scandir(shards) as entries:
@@ -207,26 +207,26 @@ def shard_problems(directory: Path, recordings: list[dict], checksums: bool = Fa
     for recording in recordings:
         name = recording["shard"]
         if name not in sizes:
-            yield f"{shards / name} is missing"
+            yield shards / name, "is missing"
         elif sizes[name] != recording["bytes"]:
-            yield f"{shards / name} has {sizes[name]} bytes, expected {recording['bytes']}"
+            yield shards / name, f"has {sizes[name]} bytes, expected {recording['bytes']}"
         elif checksums and file_crc32(shards / name) != recording["crc32"]:
-            yield f"{shards / name} is damaged (CRC-32 differs from the index)"
+            yield shards / name, "is damaged (CRC-32 differs from the index)"
 
 
 def part_problems(directory: Path, recordings: list[dict]):
-    """One line for every commit record that is missing or damaged."""
+    """(path, what is wrong) for every commit record that is missing or damaged."""
     expected = {directory / "parts" / f"{key_hash(recording['key'])}.json" for recording in recordings}
     for path in sorted(expected | set(directory.glob("parts/*.json"))):
         if read_part(path) is None:
-            yield f"{path} is {'damaged' if path.exists() else 'missing'}"
+            yield path, f"is {'damaged' if path.exists() else 'missing'}"
 
 
-def verify(directory: Path) -> list[str]:
-    """Every damaged file of a cache, one line each: manifest, tables, shards (full CRC) and parts."""
+def verify(directory: Path) -> list[tuple[Path, str]]:
+    """Every damaged file of a cache, and what is wrong with it: manifest, tables, shards (full CRC) and parts."""
     manifest = read_manifest(directory)
     problems = list(table_problems(directory, manifest["files"]))
-    if any("index.json" in line for line in problems):
+    if any(path.name == "index.json" for path, _ in problems):
         return problems
     recordings = json.loads((directory / "index.json").read_bytes())["recordings"]
     data = directory / manifest["directory"]
