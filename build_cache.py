@@ -470,11 +470,8 @@ def build(cfg: Config) -> dict | None:
     found, kind = _discover(cfg, rank)
     signal = signal_options(cfg, kind, [s.spec for s in found.sources])
     directory = cfg.cache / store.digest(signal)[:12]
-    try:
-        for name in ("parts", "shards"):
-            (directory / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unusable(f"--cache {cfg.cache}: {error.strerror}") from error
+    for name in ("parts", "shards"):
+        _make_folder(directory / name, cfg.cache)
 
     with _lock(cfg.cache, f"build-{rank}-of-{world}.lock" if world > 1 else "build.lock"):
         if world == 1:
@@ -621,7 +618,7 @@ def _discover(cfg: Config, rank: int) -> tuple[Discovery, str]:
         from lib.demo import write_demo  # only here: it brings its own signal model
 
         roots = (cfg.cache.with_name(cfg.cache.name + "-edf"),)
-        roots[0].parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(roots[0].parent, cfg.cache)
         with _lock(roots[0].parent, f"{roots[0].name}.lock", wait=True):
             write_demo(roots[0])
     names = tuple(n.strip() for n in cfg.source_channels.split(",")) if cfg.source_channels else None
@@ -631,11 +628,20 @@ def _discover(cfg: Config, rank: int) -> tuple[Discovery, str]:
     for note in found.notes:
         print(note, file=sys.stderr)
     if cfg.anonymise:
+        _make_folder(cfg.cache.parent, cfg.cache)  # where the key is kept
         found = manifest.Pseudonyms(cfg.cache).discovery(found)
     kinds = {source.spec.kind for source in found.sources}
     if len(kinds) > 1:
         raise Unusable("--source mixes EEG and vibration: build a cache for each")
     return found, next(iter(kinds), "eeg")
+
+
+def _make_folder(folder: Path, cache: Path) -> None:
+    """Make a folder that a cache needs, and those above it. Raises Unusable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"--cache {cache}: {error.strerror}") from error
 
 
 def resume_command(cfg: Config) -> str:
@@ -676,7 +682,6 @@ def _is_last(rank: int, world: int) -> bool:
 @contextlib.contextmanager
 def _lock(directory: Path, name: str, wait: bool = False):
     """One builder at a time; the kernel releases the lock however the holder dies. Raises Unusable naming the holder."""
-    directory.mkdir(parents=True, exist_ok=True)
     with open(directory / name, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -736,8 +741,8 @@ def status(cfg: Config) -> dict:
 
 def collect_garbage(cfg: Config) -> dict:
     """Delete shards and parts that the manifest does not refer to: of other options, and of sources that changed or went."""
+    store.read_manifest(cfg.cache)  # only a complete cache says what is in use
     with _lock(cfg.cache, "build.lock"):
-        store.read_manifest(cfg.cache)  # only a complete cache says what is in use
         paths = _unused(cfg.cache)
         freed = sum(p.stat().st_size for p in paths)
         for path in paths:

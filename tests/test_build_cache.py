@@ -385,6 +385,17 @@ def test_anonymised_cache_names_nobody(tmp_path):
     assert contents(cache) == (run("--source", raw, "--cache", cache, "--anonymise") and contents(cache))
 
 
+def test_a_cache_where_there_is_no_folder_yet_or_can_be_none(small, tmp_path):
+    code, _, stderr = run("--source", small[0], "--cache", tmp_path / "not" / "there" / "yet", "--anonymise")
+    assert code == 0, stderr
+    (tmp_path / "file").write_text("")
+    for words in (("--source", small[0]), ("--source", small[0], "--anonymise"), ()):
+        code, _, stderr = run(*words, "--cache", tmp_path / "file" / "cache")
+        assert code == 2 and "--cache" in stderr.splitlines()[-1] and "Traceback" not in stderr
+    code, _, stderr = run("--action", "gc", "--cache", tmp_path / "nowhere")
+    assert code == 2 and "no cache at" in stderr and not (tmp_path / "nowhere").exists()
+
+
 def test_causal_cache_equals_streaming(small, tmp_path):
     from lib.edf import read_header, read_signals
     from lib.filters import Causal
