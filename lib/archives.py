@@ -18,6 +18,7 @@ from lib.recordings import ReadSpec, Recording
 from lib.tables import NAMES, RATES, TIMES, Table, to_recording
 
 UNITS = {"unit", "units"}
+ELECTRODES = 512  # more no cap has
 
 
 def open_archive(path: Path, spec: ReadSpec) -> Recording:
@@ -109,13 +110,19 @@ def _choose(path: Path, content: dict, spec: ReadSpec) -> Table:
 
 
 def _one_block(path: Path, blocks: dict, spec: ReadSpec) -> str:
-    """The name of the signal: the only array, the only one that fits the stated channels, or the only one of floats."""
-    fitting = [n for n, v in blocks.items() if spec.channels and len(spec.channels) in v.shape] or list(blocks)
+    """The name of the signal: the only array but for positions, the only one that fits the stated channels, or the only one of floats."""
+    fitting = [n for n, v in blocks.items() if not _are_positions(v)] or list(blocks)
+    fitting = [n for n in fitting if spec.channels and len(spec.channels) in blocks[n].shape] or fitting
     floats = [n for n in fitting if blocks[n].dtype.kind == "f"] or fitting
     if len(floats) > 1:
         listed = ", ".join(f"{n} {blocks[n].shape}" for n in floats)
         raise Rejected("ambiguous_array", f"{path.name} holds {listed}: which is the signal?")
     return floats[0]
+
+
+def _are_positions(array) -> bool:
+    """Whether these may be two or three coordinates of every electrode."""
+    return array.ndim == 2 and min(array.shape) in (2, 3) and max(array.shape) <= ELECTRODES
 
 
 def _bare(name: str) -> str:

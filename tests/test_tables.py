@@ -182,6 +182,15 @@ def test_npz_says_what_it_is(tmp_path, x_TC):
     assert code(tmp_path / "none.npz", SPEC) == "no_signal"
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.float64])
+def test_positions_of_electrodes_are_no_signal(tmp_path, x_TC, dtype):
+    np.savez(tmp_path / "a.npz", data=x_TC.astype(dtype), positions=np.ones((3, 3)), fs=RATE, ch_names=NAMES, unit="uV")
+    recording = open_recording(tmp_path / "a.npz")
+    assert recording.samples == len(x_TC) and "arrays not used: positions" in recording.notes
+    np.savez(tmp_path / "b.npz", data=x_TC[:300], fs=RATE, ch_names=NAMES, unit="uV")
+    assert open_recording(tmp_path / "b.npz").samples == 300  # alone it may be short and narrow
+
+
 def test_yml_beside_it(tmp_path, x_TC):
     path = tmp_path / "a.npy"
     np.save(path, x_TC)
