@@ -155,6 +155,7 @@ def _read_text(path: Path, spec: ReadSpec) -> Table:
         raise Rejected("not_numeric", f"{path.name}: no row of {layout.width} numbers among its first {len(top)}")
     first = numeric.index(True)
     header = top[first - 1] if first and len(top[first - 1]) == layout.width else None
+    first += top[first] == [str(i) for i in range(layout.width)] and layout.width > 2  # columns counted by pandas
     if header is None and spec.channels and len(spec.channels) == layout.width:
         header = list(spec.channels)
     table = Table(None)

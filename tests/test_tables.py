@@ -78,6 +78,11 @@ def test_other_spellings(tmp_path, x_TC):
     assert np.allclose(open_recording(millivolts, ReadSpec(RATE)).read([1]), x_TC.T[[1]], atol=0.01)
 
 
+def test_columns_that_are_only_counted_are_no_sample(tmp_path, x_TC):
+    path = saved(tmp_path / "a.csv", ["0,1,2", *rows(x_TC)])
+    assert open_recording(path, SPEC).samples == len(x_TC) and code(path, SPEC, channels=None) == "channels_missing"
+
+
 def test_time_column_gives_rate_and_gaps(tmp_path, x_TC):
     t_T = 1.5e9 + np.arange(len(x_TC)) / 256
     t_T[1000:] += 5.0
