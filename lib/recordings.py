@@ -185,9 +185,12 @@ def open_edf(path: Path, spec: ReadSpec) -> Recording:
     for i, signal in enumerate(header.signals):
         if kinds[i] == "stim" and "PHOTIC" not in signal.label.upper():  # TUH's is analog, and in every file
             codes_T = np.rint(edf.read_signals(header, [i], volts=False)[0])
-            if header.format == "bdf":  # 16 trigger bits below 8 of the amplifier's own; unused lines may read as ones
+            if header.format == "bdf":  # 16 trigger bits below 8 of the amplifier's own
                 codes_T = codes_T.astype(np.int64) & 0xFFFF
-                codes_T[codes_T == codes_T[0]] = 0
+                if (
+                    codes_T.all()
+                ):  # unused lines read as ones, so that the lines never rest at 0 but at what they start with
+                    codes_T[codes_T == codes_T[0]] = 0
             events += code_events(codes_T, signal.rate_hz, segments_of(signal))
     return Recording(
         path=path,

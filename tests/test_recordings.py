@@ -21,6 +21,7 @@ from lib.recordings import (
     open_recording,
     read_event_file,
 )
+from tests import malformed
 from tests.conftest import ROOT
 
 RATE = 250
@@ -489,6 +490,21 @@ def test_bdf_status_has_the_triggers_mne_finds(data_dir):
     assert ours == [(s, v) for s, _, v in found.tolist() if v != 255]  # 255 is how these lines rest
     assert len(ours) == 40
     assert code(data_dir / "formats" / "SC4001EC-Hypnogram.edf") == "no_signals"
+
+
+@pytest.mark.parametrize("rest, first", [(0, [(0.0, "5")]), (0xFF00, [])])
+def test_bdf_that_starts_within_a_trigger(tmp_path, rest, first):
+    def triggers(x_CT):
+        x_CT[-1] = rest
+        if not rest:
+            x_CT[-1, :50] = 5  # at lines that are never at 0 nobody could tell such a trigger from rest
+        x_CT[-1, 2 * malformed.RATE_HZ :][:50] = rest + 5
+
+    labels_ = (*malformed.LABELS[:-1], "Status")
+    scale = {len(labels_) - 1: (-(1 << 23), (1 << 23) - 1)}
+    path = tmp_path / "a.bdf"
+    malformed.write(path, np.random.default_rng(0), bdf=True, labels=labels_, physical=scale, shape=triggers, events=())
+    assert labels(open_recording(path)) == [*first, (2.0, str(rest + 5))]
 
 
 def test_ssvep_events_are_where_the_event_file_says(data_dir):
