@@ -30,12 +30,12 @@ from tqdm import tqdm
 from kernels import pack, plain
 from lib import channels, command, filters, labels, manifest, pool, recordings, store
 from lib.errors import Failed, Rejected, Unusable
-from lib.inspection import check_amplitude, check_rate, inspect
+from lib.inspection import check_amplitude, check_rate, inspect, loud_channels
 from lib.recordings import ReadSpec
 from lib.sources import Discovery, Source, discover
 from lib.statements import VIBRATION_UNITS
 
-RECIPE = 3  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
+RECIPE = 4  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,15 @@ def prepare(
         flag = "--envelope-hz" if least_s > signal["min_seconds"] * (1 + 1e-9) else "--min-seconds"
         raise Rejected("too_short", f"no segment of {least_s:g} s ({flag}) is left of {x_CT.shape[1] / rate_hz:.2f} s")
 
-    good = _good(check.bad, len(present))
+    flagged, good = check.bad, _good(check.bad, len(present))
+    if recording.unit == "uV" and not enveloped and (loud := set(loud_channels(y_CT, good)) - set(flagged)):
+        notes.append(f"loud channels: {len(loud)} of {len(y_CT)}")
+        flagged = sorted({*flagged, *loud})
+        good = _good(flagged, len(present))
     if recording.unit == "uV":
         notes += check_amplitude(y_CT, np.array(present)[good] if enveloped else good)
     if not enveloped:
-        y_CT, bad, interpolated = _across(y_CT, picked, good, check.bad, references, signal, notes)
+        y_CT, bad, interpolated = _across(y_CT, picked, good, flagged, references, signal, notes)
 
     if signal["scale"] == "none":
         scale_C, offset_C = np.ones(len(y_CT)), np.zeros(len(y_CT))
@@ -245,7 +249,9 @@ def _across(
     present = [c for c, i in enumerate(picked.indices) if i >= 0]
     if references:
         if set(references) & set(flagged):
-            raise Rejected("missing_reference", f"reference {signal['reference']} is flat, saturated or not a number")
+            raise Rejected(
+                "missing_reference", f"reference {signal['reference']} is flat, saturated, loud or not a number"
+            )
         y_CT -= y_CT[references].mean(0)
     elif signal["reference"] == "average" and len(present) > 1:
         y_CT -= (y_CT if len(good) == len(y_CT) else y_CT[good]).mean(0)

@@ -20,6 +20,9 @@ FLAT_SHARE, SATURATED_SHARE = 0.5, 0.05
 # robust deviation after filtering, median over channels: outside the first range no EEG lies, whatever the amplifier; outside the second
 # it is unusual enough to be reported (some public recordings state volts and hold the converter's own unit)
 PLAUSIBLE_UV, USUAL_UV = (0.1, 50_000.0), (0.5, 1000.0)
+# robust deviation over the median channel's: electrodes on a head differ by 2 or 3, one that hangs in the air by hundreds; below so many
+# microvolts it is the others that are too quiet
+LOUD, LOUD_UV = 30.0, 200.0
 # a true rate of so many times the stated one puts the lines of a shaft on fractions of its stated orders: by so many dB, while the upper
 # half of the spectrum holds less than this share of the power. Half orders alone may be a loose part, so twice the rate is only noted.
 RATE_RATIOS, LINE_DB, UPPER_SHARE = (4, 3, 2), 10.0, 0.01
@@ -57,8 +60,7 @@ def inspect(x_CT: np.ndarray, rate_hz: float, segments: list[Segment]) -> Inspec
 
 def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
     """A note where filtered microvolts are unusual for EEG. Raises Rejected `implausible_amplitude` where they can't be EEG."""
-    low_C, high_C = np.percentile(y_CT[:, :: max(1, y_CT.shape[1] // 512)][good], (25, 75), axis=1)
-    deviation_uV = float(np.median(high_C - low_C)) / 1.349
+    deviation_uV = float(np.median(_deviations(y_CT)[good]))
     if not PLAUSIBLE_UV[0] <= deviation_uV <= PLAUSIBLE_UV[1]:
         raise Rejected(
             "implausible_amplitude",
@@ -70,6 +72,18 @@ def check_amplitude(y_CT: np.ndarray, good: np.ndarray) -> list[str]:
         if unusual
         else []
     )
+
+
+def loud_channels(y_CT: np.ndarray, good: np.ndarray) -> list[int]:
+    """Channels of a filtered EEG in microvolts that are so much louder than the median of the good ones that they would drown an average reference."""
+    deviation_C = _deviations(y_CT)
+    return np.flatnonzero(deviation_C > max(LOUD * np.median(deviation_C[good]), LOUD_UV)).tolist()
+
+
+def _deviations(y_CT: np.ndarray) -> np.ndarray:
+    """Interquartile range / 1.349 of each channel, from some 512 evenly spaced samples."""
+    low_C, high_C = np.percentile(y_CT[:, :: max(1, y_CT.shape[1] // 512)], (25, 75), axis=1)
+    return (high_C - low_C) / 1.349
 
 
 def check_rate(x_CT: np.ndarray, rate_hz: float, shaft_hz: float) -> list[str]:

@@ -484,6 +484,25 @@ def test_numbers_that_are_none_do_not_end_a_build(tmp_path):
     assert [(e.onset_s, e.duration_s, e.label) for e in cache.events(1)] == [(1.0, 0.025, "inf"), (2.0, 0.0, "look")]
 
 
+def test_an_electrode_in_the_air_does_not_drown_the_others(tmp_path):
+    x_CT = noise_uv(np.random.default_rng(0), len(NAMES), 16 * 200)
+    loud_CT = x_CT.copy()
+    loud_CT[2] *= 2000
+    caches = []
+    for name, ours_CT in (("quiet", x_CT), ("loud", loud_CT)):
+        (tmp_path / name).mkdir()
+        write_edf(tmp_path / name / "sub-01.edf", ours_CT, 200, NAMES)
+        code, result, stderr = run("--source", tmp_path / name, "--cache", tmp_path / f"c-{name}", "--workers", 1)
+        assert code == 0 and ("loud channels" in result["notes"]) == (name == "loud"), stderr
+        caches.append(Cache(tmp_path / f"c-{name}"))
+    quiet, loud = (cache.read([0], [0], 1600, unit="uV") for cache in caches)
+    bad = caches[1].recordings[0].names.index("C3")
+    assert quiet.mask_BC.all() and loud.mask_BC.numpy().tolist()[0] == [c != bad for c in range(len(NAMES))]
+    others = [c for c in range(len(NAMES)) if c != bad]
+    left_CT, right_CT = (batch.x_BCT[0].numpy()[others] for batch in (quiet, loud))
+    assert np.corrcoef(left_CT.ravel(), right_CT.ravel())[0, 1] > 0.9  # the average is of one channel less
+
+
 def test_reasons_do_not_name_the_folder(tmp_path):
     raw = write_small(tmp_path / "raw", subjects=3)
     (raw / "s07_rest.edf").write_bytes(b"<html>404</html>" * 40)
