@@ -68,7 +68,7 @@ def read_signals(header: Header, indices, volts: bool = True) -> np.ndarray:
         units = ", ".join(sorted({repr(signals[c].dimension) for c in doubtful}))
         if not GUESS_SD_UV[0] <= spread_uv <= GUESS_SD_UV[1]:
             reason = f"{header.path}: unknown unit {units}, and a deviation of {spread_uv:.3g} is not EEG in microvolts"
-            raise Rejected("unit", reason)
+            raise Rejected("unit", f"{reason}: state the unit in dataset.toml")
         header.note(f"unit_guessed uV for {units}")
     return x_CT
 

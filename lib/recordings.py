@@ -23,7 +23,7 @@ import numpy as np
 
 from lib import channels, edf
 from lib.errors import Rejected
-from lib.statements import ARBITRARY, settle_rate
+from lib.statements import ARBITRARY, settle_rate, settle_unit
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,9 @@ def open_edf(path: Path, spec: ReadSpec) -> Recording:
     kinds = [channels.kind(s.label) if s.usable else "misc" for s in header.signals]
     main = header.signals[_first_signal(kinds)]
     settle_rate(main.rate_hz, spec.rate_hz, path.name)
+    if spec.unit not in (None, ARBITRARY) and spec.kind == "eeg":
+        for signal in header.signals:
+            signal.to_uv = signal.to_uv or settle_unit(signal.dimension, spec.unit, path.name)[1]
     ranges, annotations = edf.read_annotations(header)
 
     def segments_of(signal: edf.Signal) -> list[Segment]:

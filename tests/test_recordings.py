@@ -75,6 +75,17 @@ def test_edf_with_gap_events_and_trigger_channel(tmp_path, x_CT):
     assert code(path, ReadSpec(rate_hz=256)) == "rate_conflict"
 
 
+@pytest.mark.parametrize("dimension", ["", "arb"])
+def test_edf_without_a_unit_takes_the_stated_one(tmp_path, x_CT, dimension):
+    write_edf(tmp_path / "a.edf", x_CT / 1000, RATE, NAMES, dimension=dimension)
+    with pytest.raises(Rejected, match="state the unit in dataset.toml"):
+        open_recording(tmp_path / "a.edf").read(range(6))
+    recording = open_recording(tmp_path / "a.edf", ReadSpec(unit="mV"))
+    assert np.allclose(recording.read(range(6)), x_CT, atol=0.05) and recording.notes == []
+    write_edf(tmp_path / "b.edf", x_CT, RATE, NAMES, dimension="uV")  # carries its own
+    assert np.allclose(open_recording(tmp_path / "b.edf", ReadSpec(unit="mV")).read(range(6)), x_CT, atol=0.05)
+
+
 def test_noise_in_a_trigger_channel_is_no_event(tmp_path, x_CT):
     write_edf(tmp_path / "a.edf", x_CT[:3], RATE, ["C3", "PHOTIC-REF", "TRIGGER"])
     recording = open_recording(tmp_path / "a.edf")
