@@ -392,6 +392,13 @@ def _reason(task: Task, text: str) -> str:
     return "" if task.anonymous else text.replace(str(task.source.path), task.source.path.name)
 
 
+def _notes(task: Task, notes: list[str]) -> list[str]:
+    """What was odd about a source, or only of which kinds, because particulars can name it."""
+    if not task.anonymous:
+        return notes
+    return [manifest.kind_of_note(note) for note in notes if task.source.path.name not in note]
+
+
 def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepared) -> dict:
     content = store.digest([part["signal"], part["rules"], [(size, crc32) for size, _, crc32 in part["files"]]])
     stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(task.source.key).stem)[:40]
@@ -426,7 +433,7 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
             for e in recording.events
         ],
         "columns": recording.columns,
-        "notes": ready.notes,
+        "notes": _notes(task, ready.notes),
     }
 
 

@@ -40,10 +40,10 @@ def open_vhdr(path: Path, spec: ReadSpec) -> Recording:
         recording = open_mne(copy, spec, shown=path)
 
     if entry.get("markerfile") and markers is None:
-        recording.notes.append(f"{entry['markerfile']} is missing: no markers")
+        recording.notes.append(f"no markers: {entry['markerfile']} is missing")
     for key, file in (("datafile", data), ("markerfile", markers)):
         if file and entry[key] != file.name:
-            recording.notes.append(f"the header names {entry[key]}, read {file.name}")
+            recording.notes.append(f"file of another name: the header says {entry[key]}, read {file.name}")
     return recording
 
 

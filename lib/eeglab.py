@@ -95,7 +95,7 @@ def _events(rows: list[dict], rate_hz: float, notes: list[str]) -> tuple[list[in
         label = code_label(value) if math.isfinite(value) else label
         sample, samples = _number(row.get("latency")) - 1, _number(row.get("duration"))
         if not math.isfinite(sample):
-            notes.append(f"event {label!r} has no latency")
+            notes.append(f"event without latency: {label!r}")
         elif label in ("boundary", "-99"):  # the latter is ERPLAB's
             breaks.append(math.ceil(sample))  # it stands between two samples
         else:

@@ -37,7 +37,7 @@ def assemble(
     """
     kept: list[tuple[Source, dict, list[Event]]] = []
     quarantine = [{"key": key, "code": code, "reason": reason} for key, _, code, reason in found.rejected]
-    notes = Counter(_kind_of_note(n) for n in found.notes)
+    notes = Counter(kind_of_note(n) for n in found.notes)
     for source in found.sources:
         part = parts[source.key]
         try:
@@ -45,7 +45,7 @@ def assemble(
                 raise Rejected(part["code"], part["reason"])
             events, remarks = recording_events(source, part, signal["rate_hz"], channel_labels)
             kept.append((source, part, events))
-            notes.update(_kind_of_note(n) for n in (*part["notes"], *remarks))
+            notes.update(kind_of_note(n) for n in (*part["notes"], *remarks))
         except Rejected as error:
             quarantine.append({"key": source.key, "code": error.code, "reason": error.reason})
 
@@ -308,7 +308,7 @@ def _plain(values: dict) -> dict:
     return {k: v for k, v in values.items() if not (v is None or v == "" or (isinstance(v, float) and math.isnan(v)))}
 
 
-def _kind_of_note(note: str) -> str:
+def kind_of_note(note: str) -> str:
     """Notes are counted by what they say before the first colon or figure."""
     head = note.split(":")[0]
     return "".join(c for c in head if not c.isdigit()).strip()[:80]

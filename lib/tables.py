@@ -281,7 +281,7 @@ def _clock(path: Path, table: Table, spec: ReadSpec):
     measured_hz = whole_hz if abs(clock.rate_hz - whole_hz) < 1e-3 * whole_hz else round(clock.rate_hz, 2)
     rate_hz = settle_rate(table.rate_hz, spec.rate_hz, path.name) if known_hz else measured_hz
     settle_rate(clock.rate_hz, rate_hz, path.name, tolerance=0.02)
-    table.notes.append(f"time stamps give {clock.rate_hz:.3f} Hz, {rate_hz:g} Hz used")
+    table.notes.append(f"rate from time stamps: {clock.rate_hz:.3f} Hz measured, {rate_hz:g} Hz used")
     return clock, rate_hz
 
 

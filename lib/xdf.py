@@ -28,7 +28,7 @@ def open_xdf(path: Path, spec: ReadSpec) -> Recording:
     """
     logging.getLogger("pyxdf").setLevel(logging.CRITICAL)  # it speaks of its own doings; losses are noted below
     streams, _ = pyxdf.load_xdf(path, dejitter_timestamps=False)
-    notes = [f"stream {_field(s, 'name')} ignored: empty" for s in streams if not len(s["time_stamps"])]
+    notes = [f"empty stream ignored: {_field(s, 'name')}" for s in streams if not len(s["time_stamps"])]
     eeg = _eeg_stream(path, [s for s in streams if len(s["time_stamps"])], spec)
     x_TC = np.asarray(eeg["time_series"])
     stated = _footer_count(eeg)
@@ -132,5 +132,5 @@ def _rate(path: Path, nominal_hz: float, measured_hz: float, spec: ReadSpec, not
     if nominal_hz > 0 and abs(nominal_hz - measured_hz) <= NOMINAL_TOLERANCE * measured_hz:
         return settle_rate(nominal_hz, spec.rate_hz, path.name)
     if nominal_hz > 0:
-        notes.append(f"nominal rate {nominal_hz:g} Hz, time stamps say {measured_hz:.2f} Hz")
+        notes.append(f"wrong nominal rate: {nominal_hz:g} Hz, time stamps say {measured_hz:.2f} Hz")
     return settle_rate(round(measured_hz, 2), spec.rate_hz, path.name, NOMINAL_TOLERANCE)

@@ -20,6 +20,7 @@ from lib.cache import Cache
 from lib.edf import write_edf
 from lib.errors import Unusable
 from tests.recipes import NAMES, ROOT, contents, kill, noise_uv, run, start, write_small
+from tests.test_recordings import write_brainvision
 
 
 @pytest.fixture(scope="module")
@@ -372,9 +373,13 @@ def test_anonymised_cache_names_nobody(tmp_path):
         patient="Jones F 1930",
     )
     (raw / "s47119_rest.edf").write_bytes(b"")
+    header = write_brainvision(raw, x_CT[:6], stem="s47110_more", markers=[("Stimulus", "look", 201, 1)])
+    header.write_text(header.read_text("utf-8").replace("=s47110_more.eeg", "=Jones_Mary.eeg"), "utf-8")
+    rule = (raw / "dataset.toml").read_text()
+    (raw / "dataset.toml").write_text(rule.replace(r"\.edf", r"\.(edf|vhdr)"))
     cache = tmp_path / "cache"
     code, result, stderr = run("--source", raw, "--cache", cache, "--anonymise")
-    assert code == 3 and result["recordings"] == 6, stderr
+    assert code == 3 and result["recordings"] == 7 and result["notes"]["file of another name"] == 1, stderr
     for name, data in contents(cache).items():
         if name == "build.json":  # the folder of the source, which the user chose
             continue

@@ -111,7 +111,7 @@ def test_units_rates_and_channels(tmp_path, x_TC):
     wrong = xdf(tmp_path / "wrong.xdf", stream(1, "amp", "EEG", 250, t_T, x_TC, channels=EEG))
     recording = open_recording(wrong)
     assert recording.rates_hz[0] == pytest.approx(200, rel=1e-4) and any(
-        "nominal rate 250" in n for n in recording.notes
+        "wrong nominal rate: 250" in n for n in recording.notes
     )
     none = xdf(tmp_path / "none.xdf", stream(1, "amp", "EEG", 0, t_T, x_TC, channels=EEG))
     assert open_recording(none).rates_hz[0] == pytest.approx(200, rel=1e-4)
