@@ -348,9 +348,12 @@ class Pseudonyms:
             )
             for s in found.sources
         ]
+        said = Counter((d, k, v) for (d, _), p in found.participants.items() for k, v in p.items())
         participants = {
             (d, self.name(f"{d}/{s}", "sub")): {
-                k: min(v, 90.0) if k == "age" and isinstance(v, (int, float)) else v for k, v in p.items()
+                k: min(v, 90.0) if k == "age" and isinstance(v, (int, float)) else v
+                for k, v in p.items()
+                if not isinstance(v, str) or k in labels.TRAITS or said[d, k, v] > 1  # free text can name people
             }
             for (d, s), p in found.participants.items()
         }

@@ -362,7 +362,9 @@ def test_anonymised_cache_names_nobody(tmp_path):
     write_small(raw, subjects=3)
     for path in raw.glob("s*.edf"):
         path.rename(raw / path.name.replace("s0", "s4711"))
-    (raw / "people.csv").write_text("id,age,sex\ns47110,93,F\ns47111,40,M\ns47112,50,F\n")
+    (raw / "people.csv").write_text(
+        "id,age,sex,group,remark\ns47110,93,F,a,Mrs Jones\ns47111,40,M,a,\ns47112,50,F,b,\n"
+    )
     x_CT = noise_uv(np.random.default_rng(3), len(NAMES), 16 * 200)
     write_edf(
         raw / "s47110_rest.edf",
@@ -375,7 +377,7 @@ def test_anonymised_cache_names_nobody(tmp_path):
     (raw / "s47119_rest.edf").write_bytes(b"")
     header = write_brainvision(raw, x_CT[:6], stem="s47110_more", markers=[("Stimulus", "look", 201, 1)])
     header.write_text(header.read_text("utf-8").replace("=s47110_more.eeg", "=Jones_Mary.eeg"), "utf-8")
-    rule = (raw / "dataset.toml").read_text()
+    rule = (raw / "dataset.toml").read_text().replace('sex = "sex"', 'sex = "sex", group = "group", remark = "remark"')
     (raw / "dataset.toml").write_text(rule.replace(r"\.edf", r"\.(edf|vhdr)"))
     cache = tmp_path / "cache"
     code, result, stderr = run("--source", raw, "--cache", cache, "--anonymise")
@@ -386,6 +388,7 @@ def test_anonymised_cache_names_nobody(tmp_path):
         assert b"4711" not in name.encode() + data and b"Jones" not in data, name
     opened = Cache(cache)
     assert sorted(set(opened.column("age"))) == [40, 50, 90] and "look" in opened.labels()
+    assert set(opened.column("sex")) == {"F", "M"} and set(opened.column("group")) == {"a", None}
     assert (tmp_path / "cache.key").stat().st_mode & 0o777 == 0o600
     assert contents(cache) == (run("--source", raw, "--cache", cache, "--anonymise") and contents(cache))
 
