@@ -199,7 +199,7 @@ def _only_results_on_stdout() -> Iterator[None]:
     global _out
     sys.stdout.flush()
     saved = os.dup(1)
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as own, contextlib.redirect_stdout(sys.stderr):
+    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as own, contextlib.redirect_stdout(sys.stderr):
         _out = own
         os.dup2(2, 1)
         try:

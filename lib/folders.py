@@ -60,7 +60,7 @@ def walk(root: Path, rule: Rule | None) -> Walk:
 def _dataset(base: Path, rule: Rule | None, whole: bool) -> Dataset:
     if rule is None and (base / "dataset.toml").is_file():
         rule = read_rule(base / "dataset.toml")
-    return Dataset(base, (rule and rule.name) or base.name or "data", rule, whole, (base / MARKERS[1]).is_file())
+    return Dataset(base, (rule and rule.name) or _utf8(base.name) or "data", rule, whole, (base / MARKERS[1]).is_file())
 
 
 def _visit(root: Path, base: Path, rule: Rule | None, found: Walk) -> None:
@@ -145,4 +145,9 @@ def _add_linked(linked: list[tuple[Dataset, Path]], found: Walk) -> None:
 
 def posix(path: Path, base: Path) -> str:
     """The path below a data set, as UTF-8 can hold it."""
-    return os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "backslashreplace")
+    return _utf8(path.relative_to(base).as_posix())
+
+
+def _utf8(name: str) -> str:
+    """A name of the file system with what isn't UTF-8 spelled out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

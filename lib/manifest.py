@@ -105,9 +105,9 @@ def assemble(
         "labels.json": store.canonical_json(label_text),
         "events.npy": b"".join(bytes(b) for b in store.npy_bytes(events_table)),
         "scales.npy": b"".join(bytes(b) for b in store.npy_bytes(scales.reshape(-1, 2))),
-        "quarantine.json": json.dumps(
-            sorted(quarantine, key=lambda q: q["key"]), indent=1, ensure_ascii=False
-        ).encode(),
+        "quarantine.json": store.utf8(
+            json.dumps(sorted(quarantine, key=lambda q: q["key"]), indent=1, ensure_ascii=False)
+        ),
     }
     units = sorted({part["unit"] for _, part, _ in kept})
     results = {

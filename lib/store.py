@@ -34,7 +34,12 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def canonical_json(value) -> bytes:
     """The one spelling of a JSON value: sorted keys, no blanks, no NaN; what is hashed and written."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return utf8(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+
+
+def utf8(text: str) -> bytes:
+    """Text as UTF-8, with ? for what that can't hold: bytes of file names in another encoding, halves of MATLAB's characters."""
+    return text.encode(errors="replace")
 
 
 def digest(value) -> str:
@@ -129,7 +134,7 @@ def write_tables(directory: Path, tables: dict[str, bytes], manifest: dict) -> b
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in tables.items()}
     manifest = {**manifest, "format": FORMAT, "version": VERSION, "files": files}
     manifest["sha256"] = digest(manifest)  # of everything above, so that a damaged manifest is noticed too
-    text = json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    text = utf8(json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False))
     path = directory / "manifest.json"
     if path.exists() and path.read_bytes() == text and not any(table_problems(directory, files)):
         return False

@@ -511,6 +511,19 @@ def test_an_electrode_in_the_air_does_not_drown_the_others(tmp_path):
     assert np.corrcoef(left_CT.ravel(), right_CT.ravel())[0, 1] > 0.9  # the average is of one channel less
 
 
+def test_names_that_are_no_utf8_do_not_end_a_build(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/r\xfcck"
+    os.mkdir(folder)
+    write_edf(folder + b"/sub-\xfc.edf", noise_uv(np.random.default_rng(0), len(NAMES), 3200), 200, NAMES)
+    with open(folder + b"/sub-\xff.edf", "wb"):
+        pass
+    source, cache = os.fsdecode(folder), tmp_path / os.fsdecode(b"c\xe4che")
+    for built in (1, 0):
+        code, result, stderr = run("--source", source, "--cache", cache, "--workers", 1)
+        assert code == 3 and result["built"] == built and result["quarantined_by_code"] == {"empty": 1}, stderr
+    assert Cache(cache).recordings[0].key == "r\\xfcck/sub-\\xfc.edf"
+
+
 def test_reasons_do_not_name_the_folder(tmp_path):
     raw = write_small(tmp_path / "raw", subjects=3)
     (raw / "s07_rest.edf").write_bytes(b"<html>404</html>" * 40)
