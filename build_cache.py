@@ -79,6 +79,7 @@ class Config:
 
 
 def main(cfg: Config) -> dict | None:
+    command.check_signs(cfg, positive="rate_hz source_rate_hz timeout_s", not_negative="min_seconds workers")
     if cfg.action == "build":
         return build(cfg)
     return {"verify": verify, "status": status, "gc": collect_garbage}[cfg.action](cfg)
@@ -101,10 +102,12 @@ def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
             )
         rate_hz = native[0]
     band = (0.5, 45.0) if cfg.band_hz == "auto" and eeg else None if cfg.band_hz in ("auto", "none") else cfg.band_hz
-    if band and not 0 <= band[0] < band[1] <= rate_hz / 2:
-        raise Unusable(f"--band-hz {band[0]:g} {band[1]:g} must rise and end at or below half of --rate-hz {rate_hz:g}")
-    if not rate_hz > 0:
-        raise Unusable(f"--rate-hz {rate_hz:g} must be positive")
+    if band and not 0 < band[0] < band[1] <= rate_hz / 2:
+        raise Unusable(
+            f"--band-hz {band[0]:g} {band[1]:g} must rise from above 0 and end at or below half of --rate-hz {rate_hz:g}"
+        )
+    if cfg.notch_hz != "none" and not all(0 < f < float("inf") for f in cfg.notch_hz):
+        raise Unusable(f"--notch-hz {' '.join(f'{f:g}' for f in cfg.notch_hz)} must be positive")
     own = None if cfg.envelope_hz == "none" else [float(f) for f in cfg.envelope_hz]
     if own and not 0 < own[0] < own[1]:
         raise Unusable(f"--envelope-hz {own[0]:g} {own[1]:g} must rise from above 0")
