@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 
-constexpr int64_t ENOUGH = 1 << 14;  // multiply-adds for which another thread is worth waking
+constexpr int64_t ENOUGH = 1 << 17;  // multiply-adds for which another thread is worth waking, which takes some 10 us
 
 template <typename T>
 const T* from(const Tensor& x) { return x.const_data_ptr<T>(); }
