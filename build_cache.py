@@ -12,11 +12,9 @@ are listed in quarantine.json with a code and a reason; the build goes on and en
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
-import socket
 import sys
 import time
 from collections import Counter
@@ -28,11 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels import pack, plain
-from lib import channels, command, filters, labels, manifest, pool, recordings, store
+from lib import channels, command, filters, manifest, pool, recordings, store
 from lib.errors import Failed, Rejected, Unusable
 from lib.inspection import check_amplitude, check_rate, inspect, loud_channels
+from lib.parts import Task, plan, same_content, shaft_hz, source_files, source_rules, unused
 from lib.recordings import ReadSpec
-from lib.sources import Discovery, Source, discover
+from lib.sources import Discovery, discover
 from lib.statements import VIBRATION_UNITS
 
 RECIPE = 4  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
@@ -345,15 +344,6 @@ def _crop(y_CT: np.ndarray, segments: list, signal: dict, crop: tuple | None, re
 # One source: from file to shard and part, in a worker process
 
 
-@dataclass(frozen=True)
-class Task:
-    source: Source
-    signal: dict
-    directory: Path  # CACHE/<signal hash>
-    previous: dict | None  # the part of an earlier build whose source has been touched since
-    anonymous: bool = False  # leave no reason in the part: it can name the file
-
-
 def cache_recording(task: Task) -> dict:
     """Cache one source, or quarantine it; either way a part file says so, unless the file could not be read at all."""
     source, signal = task.source, task.signal
@@ -369,7 +359,7 @@ def cache_recording(task: Task) -> dict:
             ready = prepare(recording, signal, source.spec, source.crop, shaft_hz(source))
             part |= _write(task, part, recording, ready)
     except Rejected as error:
-        part |= {"status": "quarantined", "code": error.code, "reason": _reason(task, error.reason)}
+        part |= {"status": "quarantined", "code": error.code, "reason": task.told(error.reason)}
     except (OSError, MemoryError) as error:
         if getattr(error, "errno", None) in store.DISK_FULL:
             raise Failed(
@@ -380,7 +370,7 @@ def cache_recording(task: Task) -> dict:
             **part,
             "status": "quarantined",
             "code": code,
-            "reason": _reason(task, f"{type(error).__name__}: {error}"),
+            "reason": task.told(f"{type(error).__name__}: {error}"),
             "files": [],
         }
     try:
@@ -388,18 +378,6 @@ def cache_recording(task: Task) -> dict:
     except OSError as error:
         raise Failed(f"{part_path}: {error.strerror}; free some space and run the same command again") from None
     return part
-
-
-def _reason(task: Task, text: str) -> str:
-    """Why a source was refused, without the folder it lies in (a moved source gives the same bytes), or nothing that can name it."""
-    return "" if task.anonymous else text.replace(str(task.source.path), task.source.path.name)
-
-
-def _notes(task: Task, notes: list[str]) -> list[str]:
-    """What was odd about a source, or only of which kinds, because particulars can name it."""
-    if not task.anonymous:
-        return notes
-    return [manifest.kind_of_note(note) for note in notes if task.source.path.name not in note]
 
 
 def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepared) -> dict:
@@ -436,44 +414,8 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
             for e in recording.events
         ],
         "columns": recording.columns,
-        "notes": _notes(task, ready.notes),
+        "notes": task.noted(ready.notes),
     }
-
-
-def source_files(source: Source) -> list[tuple[Path, tuple[int, int]]]:
-    """The files a signal comes from, the recording itself first, with (bytes, mtime_ns). Raises OSError."""
-    files = []
-    for path in (source.path, *source.companions):
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for p in inside:
-            stat = p.stat()
-            files.append((p, (stat.st_size, stat.st_mtime_ns)))
-    return files
-
-
-def source_rules(source: Source) -> dict:
-    """What the data set's description adds to the signal options."""
-    spec = asdict(source.spec)
-    rules = {
-        "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()},
-        "crop": source.crop and list(source.crop),
-    }
-    return rules if shaft_hz(source) is None else rules | {"shaft_hz": shaft_hz(source)}
-
-
-def shaft_hz(source: Source) -> float | None:
-    """Turns per second of the machine that vibrates, where a column `rpm` or `shaft_hz` says so."""
-    if source.spec.kind != "vibration":
-        return None
-    stated = {name: labels.number(str(source.columns[name])) for name in ("rpm", "shaft_hz") if name in source.columns}
-    turns = stated.get("shaft_hz") or (stated.get("rpm") or 0) / 60
-    return turns or None
-
-
-def same_content(previous: dict, part: dict) -> bool:
-    """Whether a source still is what an earlier build read, whatever its modification times."""
-    pairs = [[(size, crc32) for size, _, crc32 in p["files"]] for p in (previous, part)]
-    return pairs[0] == pairs[1] and previous["signal"] == part["signal"] and previous["rules"] == part["rules"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,10 +431,10 @@ def build(cfg: Config) -> dict | None:
     for name in ("parts", "shards"):
         _make_folder(directory / name, cfg.cache)
 
-    with _lock(cfg.cache, f"build-{rank}-of-{world}.lock" if world > 1 else "build.lock"):
+    with store.lock(cfg.cache, f"build-{rank}-of-{world}.lock" if world > 1 else "build.lock"):
         if world == 1:
             store.remove_stale_temporaries(cfg.cache)
-        parts, tasks = plan(found.sources, signal, directory, cfg, cfg.retry_quarantined)
+        parts, tasks = plan(found.sources, signal, directory, cfg.anonymise, cfg.retry_quarantined)
         reused = sum(part["status"] == "cached" for part in parts.values())
         tasks = [t for t in tasks if int(store.key_hash(t.source.key), 16) % world == rank]
         if tasks:
@@ -511,7 +453,7 @@ def build(cfg: Config) -> dict | None:
                 "quarantined": quarantined,
             }
         if launched:  # what the other ranks did is on disk; what none could read is tried here once more
-            parts, left = plan(found.sources, signal, directory, cfg, retry=False)
+            parts, left = plan(found.sources, signal, directory, cfg.anonymise, retry=False)
             parts |= work(left, cfg)
         results = finalise(cfg, found, signal, directory, parts)
     results |= {"built": results["recordings"] - reused if tasks else 0, "reused": reused}
@@ -519,35 +461,6 @@ def build(cfg: Config) -> dict | None:
     if cfg.strict and results["quarantined"]:
         raise Failed(f"--strict: {results['quarantined']} recordings quarantined, see {cfg.cache / 'quarantine.json'}")
     return results
-
-
-def plan(
-    sources: list[Source], signal: dict, directory: Path, cfg: Config, retry: bool
-) -> tuple[dict[str, dict], list[Task]]:
-    """What is done already (part by key), and what is left to do; a changed source, rule or missing shard is to be done again."""
-    parts, tasks, signal_hash = {}, [], store.digest(signal)
-    for source in sources:
-        part = store.read_part(directory / "parts" / f"{store.key_hash(source.key)}.json")
-        if part and (part["key"], part["signal"], part["rules"]) != (source.key, signal_hash, source_rules(source)):
-            part = None
-        if part and part["status"] == "cached":
-            with contextlib.suppress(OSError):
-                if (directory / "shards" / part["shard"]).stat().st_size == part["bytes"]:
-                    parts[source.key] = part
-        elif part and not retry:
-            parts[source.key] = part
-        if source.key in parts and not _untouched(source, part):
-            tasks.append(Task(source, signal, directory, parts.pop(source.key), cfg.anonymise))
-        elif source.key not in parts:
-            tasks.append(Task(source, signal, directory, None, cfg.anonymise))
-    return parts, tasks
-
-
-def _untouched(source: Source, part: dict) -> bool:
-    try:
-        return [tuple(f[:2]) for f in part["files"]] == [stat for _, stat in source_files(source)]
-    except OSError:
-        return False
 
 
 def work(tasks: list[Task], cfg: Config) -> dict[str, dict]:
@@ -635,7 +548,7 @@ def _discover(cfg: Config, rank: int) -> tuple[Discovery, str]:
 
         roots = (cfg.cache.with_name(cfg.cache.name + "-edf"),)
         _make_folder(roots[0].parent, cfg.cache)
-        with _lock(roots[0].parent, f"{roots[0].name}.lock", wait=True):
+        with store.lock(roots[0].parent, f"{roots[0].name}.lock", wait=True):
             write_demo(roots[0])
     names = tuple(n.strip() for n in cfg.source_channels.split(",")) if cfg.source_channels else None
     kind = "vibration" if cfg.source_unit in VIBRATION_UNITS else "eeg"
@@ -695,25 +608,6 @@ def _is_last(rank: int, world: int) -> bool:
     return rank == 0
 
 
-@contextlib.contextmanager
-def _lock(directory: Path, name: str, wait: bool = False):
-    """One builder at a time; the kernel releases the lock however the holder dies. Raises Unusable naming the holder."""
-    with open(directory / name, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise Unusable(f"--cache {directory} is being built by {holder}; wait for it or stop it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # An existing cache
 
@@ -750,7 +644,7 @@ def status(cfg: Config) -> dict:
         results |= {
             "counts": head["counts"],
             "signal": head["signal"],
-            "unused_bytes": sum(p.stat().st_size for p in _unused(cfg.cache)),
+            "unused_bytes": sum(p.stat().st_size for p in unused(cfg.cache)),
         }
     return results
 
@@ -758,8 +652,8 @@ def status(cfg: Config) -> dict:
 def collect_garbage(cfg: Config) -> dict:
     """Delete shards and parts that the manifest does not refer to: of other options, and of sources that changed or went."""
     store.read_manifest(cfg.cache)  # only a complete cache says what is in use
-    with _lock(cfg.cache, "build.lock"):
-        paths = _unused(cfg.cache)
+    with store.lock(cfg.cache, "build.lock"):
+        paths = unused(cfg.cache)
         freed = sum(p.stat().st_size for p in paths)
         for path in paths:
             path.unlink()
@@ -767,17 +661,6 @@ def collect_garbage(cfg: Config) -> dict:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where it is empty
     return {"cache": str(cfg.cache), "deleted": len(paths), "freed_bytes": freed}
-
-
-def _unused(directory: Path) -> list[Path]:
-    """Files below the signal directories that belong to no recording or quarantine entry of the manifest."""
-    data = directory / store.read_manifest(directory)["directory"]
-    listed, used = manifest.listed_keys(directory), set()
-    for path in data.glob("parts/*.json"):
-        part = store.read_part(path)
-        if part and part["key"] in listed:
-            used |= {path, data / "shards" / part.get("shard", "")}
-    return sorted(p for folder in ("parts", "shards") for p in directory.glob(f"*/{folder}/*") if p not in used)
 
 
 if __name__ == "__main__":

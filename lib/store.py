@@ -12,10 +12,13 @@ The cache on disk: how its files are written whole or not at all, named, summed 
     CACHE/<signal hash>/parts/*.json  what became of one source; shards and parts are what an interrupted build resumes from
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import zlib
 from pathlib import Path
 
@@ -123,6 +126,25 @@ def read_part(path: Path) -> dict | None:
         return part if zlib.crc32(canonical_json(part)) == wrapped["crc32"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextlib.contextmanager
+def lock(directory: Path, name: str, wait: bool = False):
+    """One builder at a time; the kernel releases the lock however the holder dies. Raises Unusable naming the holder."""
+    with open(directory / name, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise Unusable(f"--cache {directory} is being built by {holder}; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def write_tables(directory: Path, tables: dict[str, bytes], manifest: dict) -> bool:

@@ -33,6 +33,7 @@ from kernels import reference
 from kernels.bench import interleaved, machine
 from lib import channels, edf, manifest, samplers, store
 from lib.cache import CLIP_SD, Cache
+from lib.parts import Task
 from lib.recordings import ReadSpec
 from lib.sources import Discovery, Source
 from lib.windows import Windows
@@ -322,7 +323,7 @@ def build(cfg: Config, folder: Path) -> dict:
         path = folder / f"{len(names)}.edf"
         edf.write_edf(path, eeg(len(names), round(minutes * 60) * rate_hz, rate_hz, seed=3), rate_hz, list(names))
         source = Source(f"bench/{path.name}", path, "bench", "folder", (), (), ReadSpec(), subject="1")
-        task, kept = build_cache.Task(source, signal, folder / "build", None), {}
+        task, kept = Task(source, signal, folder / "build", None), {}
 
         def ours(task=task, kept=kept):
             kept["part"] = build_cache.cache_recording(task)
