@@ -61,7 +61,6 @@ from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.store import write_atomic
 from lib.targets import WINDOW_S, Examples, Target, balanced, read_targets
-from lib.traits import class_name
 from lib.transfer import Domain, Offsets, Transfer, groups, moved
 from lib.windows import SEIZURE
 
@@ -88,7 +87,7 @@ class Config(RunConfig):
     stretch_s: float = 0.25  # of a seizure's probability, s
     # data
     cache: tuple[str, ...] = ("cache/demo",)  # directories written by build_cache.py
-    where: tuple[str, ...] = ()  # only recordings with these values, as in: task=RestingState montage=tuh21
+    where: tuple[str, ...] = ()  # only recordings with these values, as in: task=RestingState run=03+07
     window_s: float | None = None  # length of a window, s; none: 2 for the challenge, 16 for seizures, else 4
     stride_s: float | None = None  # from one window's start to the next, s; none: half a window
     max_channels: int | None = (
@@ -194,23 +193,15 @@ def choose_sampler(cfg: Config, train: Examples):
         raise Unusable(f"--target {' '.join(cfg.target)}: the training split can't be sampled: {error}") from error
 
 
-def choose_rows(cfg: Config, cache: Cache, split: str | None) -> list[int]:
-    """Recordings of a split (None: train and val) that --where leaves, for seizures only of data sets that have any. Raises Unusable."""
-    rows = [i for i, r in enumerate(cache.recordings) if r.split in ((split,) if split else ("train", "val"))]
-    for word in cfg.where:
-        name, equals, value = word.partition("=")
-        if not equals or name not in {*cache.columns(), "task", "dataset", "session", "run", "subject"}:
-            raise Unusable(
-                f"--where {word}: expected COLUMN=VALUE; there are: {', '.join(cache.columns())}, task, dataset"
-            )
-        column = cache.column(name)
-        rows = [i for i in rows if class_name(column[i]) == value]
+def choose_rows(cfg: Config, cache: Cache, *splits: str) -> list[int]:
+    """Recordings of splits that --where leaves, for seizures only of data sets that have any. Raises Unusable."""
+    rows = cache.rows(splits, cfg.where)
     if cfg.target == (SEIZURE,):
         marked = {cache.recordings[i].dataset for i in np.unique(cache.intervals(SEIZURE)[0])}
         rows = [i for i in rows if cache.recordings[i].dataset in marked]
     if not rows:
         raise Unusable(
-            f"no recording in split {split or 'train and val'} of {', '.join(map(str, cache.paths))} {' '.join(cfg.where)}"
+            f"no recording in split {' or '.join(splits)} of {', '.join(map(str, cache.paths))} {' '.join(cfg.where)}"
         )
     return rows
 
@@ -665,7 +656,7 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     """
     if ranks.world > 1:
         raise Unusable("--folds runs in one process: leave torchrun out")
-    rows = choose_rows(cfg, cache, None)
+    rows = choose_rows(cfg, cache, "train", "val")
     plan = fold_rows(cache, rows, cfg.folds, chosen=cfg.mode != "probe")
     check_folds(cfg, cache, rows, plan)
     run, pooled, done = Run(cfg, __file__, ranks), {}, []

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,7 @@ class Recording:
         return self.folder / self.file
 
 
+OWN = ("task", "dataset", "session", "run", "subject")  # columns that every recording has
 ALIKE = "rate_hz scale kind envelope_hz band_hz notch_hz reference causal".split()  # of signals that are read together
 
 
@@ -210,15 +212,8 @@ class Cache:
         """A value per recording, None where missing: session, task, run, dataset, split, a column of the source, or a participant's trait."""
         values = []
         for r in self.recordings:
-            own = {
-                "session": r.session,
-                "task": r.task,
-                "run": r.run,
-                "dataset": r.dataset,
-                "split": r.split,
-                "subject": r.subject,
-            }
-            value = r.columns.get(name, self.participants.get(r.subject, {}).get(name, own.get(name)))
+            own = getattr(r, name) if name in (*OWN, "split") else None
+            value = r.columns.get(name, self.participants.get(r.subject, {}).get(name, own))
             values.append(None if value == "" else value)
         return values
 
@@ -227,6 +222,25 @@ class Cache:
         return sorted(
             {n for r in self.recordings for n in r.columns} | {n for p in self.participants.values() for n in p}
         )
+
+    def rows(self, splits: Sequence[str], where: Sequence[str] = ()) -> list[int]:
+        """
+        The recordings of these splits with the values of `where`: `task=fist`, or one of several, `run=03+07`.
+
+        A value of the cache that holds a + itself is taken as it is. Raises Unusable for a column that isn't there.
+        """
+        from lib.traits import class_name  # here: it needs this module
+
+        rows = [i for i, r in enumerate(self.recordings) if r.split in splits]
+        for word in where:
+            name, equals, value = word.partition("=")
+            if not equals or name not in {*self.columns(), *OWN}:
+                known = ", ".join([*self.columns(), *OWN])
+                raise Unusable(f"--where {word}: expected COLUMN=VALUE; there are: {known}")
+            values = [class_name(v) for v in self.column(name)]
+            wanted = [value] if value in values else value.split("+")
+            rows = [i for i in rows if values[i] in wanted]
+        return rows
 
     def windows(
         self, split: str | None = None, window_s: float = 4.0, stride_s: float = 2.0, recordings=None

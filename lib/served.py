@@ -22,7 +22,6 @@ from lib.readouts import check_signal
 from lib.riemann import Riemann, learn
 from lib.scores import classification_scores
 from lib.targets import WINDOW_S, Examples, Target, read_targets
-from lib.traits import class_name
 
 MOST = 6000  # windows that are learned from, evenly spread
 KINDS = ("riemann", "encoder", "hybrid")
@@ -65,18 +64,6 @@ def read(cache: Cache, row_N: np.ndarray, start_N: np.ndarray, samples: int) -> 
     )
 
 
-def choose_rows(cache: Cache, split: str, where: Sequence[str]) -> list[int]:
-    """Recordings of a split with these values (`task=fist`, `run=03+07`). Raises Unusable for a column that isn't there."""
-    rows = [i for i, r in enumerate(cache.recordings) if r.split == split]
-    for word in where:
-        name, equals, value = word.partition("=")
-        if not equals or name not in {*cache.columns(), "task", "dataset", "session", "run", "subject"}:
-            raise Unusable(f"--where {word}: expected COLUMN=VALUE; there are: {', '.join(cache.columns())}, task, run")
-        column = cache.column(name)
-        rows = [i for i in rows if class_name(column[i]) in value.split("+")]
-    return rows
-
-
 def fit(
     cache: Sequence[str | Path],
     target: str,
@@ -113,7 +100,7 @@ def fit(
         raise Unusable(
             f"--cache {opened.paths[0]} was filtered without delay, which no service can do: build it with --causal"
         )
-    rows = {split: choose_rows(opened, split, where) for split in ("train", "val")}
+    rows = {split: opened.rows((split,), where) for split in ("train", "val")}
     if not rows["train"]:
         raise Unusable(f"--cache {opened.paths[0]}: no training recording {' '.join(where)}")
     deep = None

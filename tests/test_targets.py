@@ -1,5 +1,8 @@
 """Targets: which windows, which values, missing ones, classes and units; against the events and columns of a small cohort."""
 
+from copy import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from lib.cache import Cache
 from lib.errors import Unusable
 from lib.targets import OTHER, Coverage, Examples, balanced, event_examples, parse_word, read_targets
 from tests import task_cases
+from train_supervised import Config, choose_rows
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +192,20 @@ def test_even_ids_are_spread_and_known(cache):
     known = examples.even(20, 0)
     assert len(known) == 20 and np.isfinite(examples.values(known)[:, 0]).all()
     assert len(examples.even(0)) == len(examples)
+
+
+def test_where_takes_one_value_or_several_in_training_as_in_serving(cache):
+    cfg = Config(target=("age",), where=("task=Rest+szMonitoring", "sex=F"))
+    found = choose_rows(cfg, cache, "train")
+    assert {cache.recordings[i].task for i in found} == {"Rest", "szMonitoring"}
+    assert found == cache.rows(("train",), cfg.where) and {cache.column("sex")[i] for i in found} == {"F"}
+    assert cache.rows(("train", "val", "test")) == rows(cache)
+    assert cache.rows(("train",), ("task=Sleep",)) == []
+    named = copy(cache)  # where one recording's task is called with a +, the words mean that one
+    named.recordings = [replace(r, task="Rest+szMonitoring") if i == 3 else r for i, r in enumerate(cache.recordings)]
+    assert named.rows(("train", "val", "test"), cfg.where[:1]) == [3]
+    with pytest.raises(Unusable, match="--where mood=good: .*there are: .*sex, task"):
+        cache.rows(("train",), ("mood=good",))
 
 
 def test_words_are_columns_before_events(cache):
