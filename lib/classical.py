@@ -199,7 +199,9 @@ def fit_linear(x_BF: np.ndarray, y_B: np.ndarray, subject_B: np.ndarray, classes
         folds = [f for f in folds if len(set(y_B[f[0]])) == len(set(y_B))]
         weight_FK, bias_K = _all_classes(_logistic(z_BF, y_B, folds), classes)
     else:
-        model = (RidgeCV(RIDGES, cv=folds) if folds else Ridge(RIDGES[len(RIDGES) // 2])).fit(z_BF, y_B)
+        # not by R², which is -1e30 for a fold of one subject whose value is constant, and would choose alone
+        chosen = RidgeCV(RIDGES, cv=folds, scoring="neg_mean_squared_error")
+        model = (chosen if folds else Ridge(RIDGES[len(RIDGES) // 2])).fit(z_BF, y_B)
         weight_FK, bias_K = model.coef_.reshape(-1, 1).copy(), np.array([model.intercept_])
     if basis_FR is not None:
         weight_FK = basis_FR @ weight_FK

@@ -77,6 +77,21 @@ def test_linear_models_equal_scikit_learns_also_where_features_outnumber_windows
     assert set(three(x_BF).argmax(1)) == {0, 2}
 
 
+def test_a_fold_of_one_subject_with_one_value_doesnt_choose_the_penalty():
+    """Five people of one value each: their folds have no variance, and R² there is a huge negative number."""
+    rng, subject_B = np.random.default_rng(0), np.repeat(np.arange(5), 20)
+    y_B = np.array([-2.1, -0.7, 0.1, 0.9, 2.3])[subject_B]
+    x_BF = rng.standard_normal((100, 10)) + 0.5 * y_B[:, None]
+    linear = classical.fit_linear(x_BF, y_B, subject_B, 0)
+    z_BF = (x_BF - x_BF.mean(0)) / x_BF.std(0)
+    errors = []
+    for penalty in classical.RIDGES:
+        fits = [(Ridge(penalty).fit(z_BF[subject_B != s], y_B[subject_B != s]), subject_B == s) for s in range(5)]
+        errors.append(sum(((fit.predict(z_BF[held]) - y_B[held]) ** 2).sum() for fit, held in fits))
+    best = Ridge(classical.RIDGES[np.argmin(errors)]).fit(z_BF, y_B)
+    assert np.allclose(linear(x_BF)[:, 0], best.predict(z_BF), atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Cache:
     return Cache(task_cases.build(tmp_path_factory.mktemp("classical"), subjects=6))
