@@ -725,7 +725,8 @@ def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
         run.say(f"THE TEST SPLIT IS OPEN: {len(rows)} recordings; choose nothing by what it says")
         run.log(0, event="test_opened", model=cfg.evaluate)
     inference = inference_of(cfg, decoder.to(ranks.device), "float32")
-    scored, target = shots.score(inference, examples, ids, cfg.shots, cfg.episodes, cfg.seed), targets[0]
+    how, target = (cfg.shots, cfg.episodes, cfg.seed, cfg.resamples), targets[0]
+    scored = shots.score(inference, examples, ids, *how)
     if scored is None:
         raise Unusable(
             f"--shots {cfg.shots}: the {split} split has too few windows or subjects per class of {target.name}"
@@ -734,8 +735,8 @@ def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     run.log(0, **{name if way == "model" else f"{name}_{way}": value for way, (value, _, _) in scored.items()})
     own = scored.pop("model")
     results = {
-        "run": str(run.directory), "step": 0, "metrics": {name: own[0]}, "intervals": {name: own[1:]},
-        "baselines": {way: {name: v} for way, v in scored.items()} | {"constant": {name: 1 / len(target.classes)}},
+        "run": str(run.directory), "step": 0, "metrics": {name: own[0]}, "intervals": {name: own[1]}, "episode_intervals": {name: own[2]},
+        "baselines": {way: {name: (value, *of_subjects)} for way, (value, of_subjects, _) in scored.items()} | {"constant": {name: 1 / len(target.classes)}},
         "scored": split, "episodes": cfg.episodes, "windows_per_s": len(ids) / run.seconds(), "seconds": round(run.seconds(), 1),
     }  # fmt: skip
     run.close()

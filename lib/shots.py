@@ -6,7 +6,7 @@ Shape letters: B windows, X features, Q queries, N classes.
 
 import numpy as np
 
-from lib import classical
+from lib import classical, scores
 from lib.inference import Inference
 from lib.targets import Examples
 
@@ -48,14 +48,13 @@ def episode(
     return support, np.concatenate(query)
 
 
-def told(z_BX: np.ndarray, y_B: np.ndarray, support: np.ndarray, query: np.ndarray) -> float:
-    """Balanced accuracy of the nearest prototype, features standardised by the support."""
+def right(z_BX: np.ndarray, y_B: np.ndarray, support: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Whether the nearest prototype is of each query's class, bool (Q); features standardised by the support."""
     classes = np.unique(y_B)
     spread_X = np.maximum(z_BX[support].std(0), 1e-6 + 1e-3 * z_BX[support].std())
     prototype_NX = np.stack([z_BX[support[y_B[support] == c]].mean(0) for c in classes]) / spread_X
     apart_QN = np.linalg.norm((z_BX[query] / spread_X)[:, None] - prototype_NX, axis=2)
-    said_Q = classes[apart_QN.argmin(1)]
-    return float(np.mean([(said_Q[y_B[query] == c] == c).mean() for c in classes]))
+    return classes[apart_QN.argmin(1)] == y_B[query]
 
 
 def few_shot(
@@ -66,9 +65,13 @@ def few_shot(
     shots: int,
     episodes: int,
     seed: int,
-) -> dict[str, tuple[float, float, float]] | None:
+    resamples: int = scores.RESAMPLES,
+) -> dict[str, tuple[float, tuple[float, float], tuple[float, float]]] | None:
     """
-    Mean balanced accuracy over episodes of each way to describe windows (features (B, X)), with its 95 % interval over episodes.
+    Mean balanced accuracy over episodes of each way to describe windows (features (B, X)), and two 95 % intervals.
+
+    The first is over subjects, by a bootstrap of the queries of each; the second over episodes, which says how far the draw alone
+    moves the mean: it shrinks with their number, and says nothing of other people.
 
     Within subjects where a subject has several classes, else across them. None where no episode can be drawn.
     """
@@ -83,17 +86,36 @@ def few_shot(
         drawn += [one] if one else []
     if len(drawn) < 2:
         return None
+    # every class weighs the same in every episode: sums over queries are then balanced accuracies
+    classes, y_B = np.unique(y_B, return_inverse=True)
+    subjects, subject_B = np.unique(subject_B, return_inverse=True)
+    weight_E = [1 / np.bincount(y_B[query])[y_B[query]] for _, query in drawn]
+    query_Q, weight_Q = np.concatenate([query for _, query in drawn]), np.concatenate(weight_E)
+    at_Q, cells = subject_B[query_Q] * len(classes) + y_B[query_Q], len(subjects) * len(classes)
+    all_SN = np.bincount(at_Q, weight_Q, cells).reshape(len(subjects), -1)
+    asked_S = all_SN.any(1)
     results = {}
     for name, z_BX in ways.items():
-        score_E = np.array([told(z_BX[kept_B], y_B, *one) for one in drawn])
+        right_E = [right(z_BX[kept_B], y_B, *one) for one in drawn]
+        score_E = np.array([w_Q @ r_Q for w_Q, r_Q in zip(weight_E, right_E, strict=True)]) / len(classes)
+        right_SN = np.bincount(at_Q, weight_Q * np.concatenate(right_E), cells).reshape(all_SN.shape)
+        value, *of_subjects = scores.subject_bootstrap(
+            _balanced, np.flatnonzero(asked_S), right_SN[asked_S], all_SN[asked_S], resamples=resamples
+        )["score"]
         half = 1.96 * score_E.std(ddof=1) / np.sqrt(len(score_E))
-        results[name] = (float(score_E.mean()), float(score_E.mean() - half), float(score_E.mean() + half))
+        results[name] = value, tuple(of_subjects), (float(score_E.mean() - half), float(score_E.mean() + half))
     return results
 
 
+def _balanced(right_SN: np.ndarray, all_SN: np.ndarray) -> dict[str, float]:
+    """Balanced accuracy from sums per subject and class; NaN where a class wasn't asked for."""
+    with np.errstate(invalid="ignore"):
+        return {"score": float((right_SN.sum(0) / all_SN.sum(0)).mean())}
+
+
 def score(
-    inference: Inference, examples: Examples, ids: np.ndarray, shots: int, episodes: int, seed: int
-) -> dict[str, tuple[float, float, float]] | None:
+    inference: Inference, examples: Examples, ids: np.ndarray, shots: int, episodes: int, seed: int, resamples: int
+) -> dict[str, tuple[float, tuple[float, float], tuple[float, float]]] | None:
     """`few_shot` of examples of one target of classes by the model's features and, where there are common sites, by band power."""
     cache = examples.cache
     z_BX, y_BK = inference.features(examples, ids)
@@ -104,4 +126,4 @@ def score(
         ways["band_power"] = classical.described("band_power", sites, cache, row_B, start_B, examples.samples)
     subject_B = np.array([cache.recordings[i].subject for i in row_B])
     span_B3 = np.stack([row_B, start_B, start_B + examples.samples], 1)
-    return few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, shots, episodes, seed)
+    return few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, shots, episodes, seed, resamples)

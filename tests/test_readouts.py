@@ -170,12 +170,25 @@ def test_prototypes_tell_classes_within_and_across_subjects():
     bad_BX = rng.standard_normal((240, 5)) + 5 * subject_B[:, None]
     span_B3 = np.stack([subject_B, np.arange(240) * 50, np.arange(240) * 50 + 100], 1)  # neighbours overlap by half
     scored = few_shot({"good": good_BX, "bad": bad_BX}, y_B, subject_B, span_B3, 5, 60, 0)
-    value, low, high = scored["good"]
-    assert value > 0.9 and low < value < high and abs(scored["bad"][0] - 0.5) < 0.08
+    for low, high in scored["good"][1:]:
+        assert 0.9 < low < scored["good"][0] < high
+    assert abs(scored["bad"][0] - 0.5) < 0.08
     of_subject_B = subject_B % 2  # now a label is of a subject: support and queries are of different people
     apart = few_shot({"id": np.eye(6)[subject_B]}, of_subject_B, subject_B, span_B3, 5, 60, 0)
     assert apart["id"][0] < 0.75  # who it is says nothing of others
     assert few_shot({"good": good_BX}, y_B, subject_B, span_B3, 50, 20, 0) is None
+
+
+def test_more_episodes_say_more_of_the_draw_and_no_more_of_other_people():
+    rng = np.random.default_rng(0)
+    subject_B, y_B = np.repeat(np.arange(8), 40), np.arange(320) % 2
+    clear_B = np.linspace(0, 3, 8)[subject_B]  # classes are as far apart as the subject has it
+    z_BX = rng.standard_normal((320, 2)) + (clear_B * y_B)[:, None]
+    span_B3 = np.stack([subject_B, np.arange(320) * 100, np.arange(320) * 100 + 100], 1)
+    few, many = (few_shot({"z": z_BX}, y_B, subject_B, span_B3, 5, n, 0)["z"] for n in (100, 1600))
+    width = [[np.ptp(interval) for interval in told[1:]] for told in (few, many)]
+    assert width[1][1] == pytest.approx(width[0][1] / 4, rel=0.2) and width[1][0] == pytest.approx(width[0][0], rel=0.3)
+    assert width[1][0] > 0.15
 
 
 def test_occlusion_finds_the_electrode_and_the_band_that_matter():
