@@ -23,6 +23,7 @@ from lib.riemann import Riemann, learn
 from lib.scores import classification_scores
 from lib.targets import WINDOW_S, Examples, Target, read_targets
 
+FOLDS = 5  # of val subjects, by which a hybrid is calibrated and scored
 MOST = 6000  # windows that are learned from, evenly spread
 KINDS = ("riemann", "encoder", "hybrid")
 
@@ -82,6 +83,8 @@ def fit(
     """
     Make a pipeline from the training subjects, calibrate and score it on the val subjects, save it in `models`; returns what was found.
 
+    A hybrid is calibrated on all of val; its score there is of calibrations that didn't know the subject.
+
     `encoder` is a model.safetensors of train_supervised.py with the same target, for encoder and hybrid; it brings its own window.
     Raises Unusable, also where the encoder knows the val subjects, unless `allow_leak`.
     """
@@ -133,17 +136,19 @@ def fit(
         made = learn(train.x_NCT, train.y_N, train.subject_N, tuple(found.classes), path, **options)
     if pipeline == "hybrid":
         made = pipelines.Hybrid(made, deep)
-        if val is not None:
-            parts = [served(part, val) for part in (made.riemann, made.encoder)]
-            temperature, weight = pipelines.calibrate(*parts, val.y_N)
-            made = replace(made, temperature=temperature, weight=weight)
+    if val is not None and pipeline == "hybrid":
+        parts = [served(part, val) for part in (made.riemann, made.encoder)]
+        temperature, weight = pipelines.calibrate(*parts, val.y_N)
+        made, told_NK = replace(made, temperature=temperature, weight=weight), cross_calibrated(*parts, val)
+    elif val is not None:
+        told_NK = served(made, val)
     pipelines.save(made, models)
     said = {"pipeline": pipeline, "models": str(models), "target": target, "classes": list(made.classes)}
     said |= {"channels": len(train.names), "rate_hz": opened.rate_hz, "window": made.path.window, "step": step}
     said |= {"windows": len(train.y_N), "subjects": len(set(train.subject_N.tolist()))}
     if val is not None:
         said |= {"val_windows": len(val.y_N), "val_subjects": len(set(val.subject_N.tolist()))}
-        said["val"] = {k: round(v, 4) for k, v in classification_scores(val.y_N, served(made, val)).items()}
+        said["val"] = {k: round(v, 4) for k, v in classification_scores(val.y_N, told_NK).items()}
     return said
 
 
@@ -166,6 +171,23 @@ def served(pipeline, lesson: Lesson) -> np.ndarray:
         for some in np.array_split(mine, -(-len(mine) // 256)):
             p_NK[some] = own.predict_proba(lesson.x_NCT[some])
     return p_NK
+
+
+def cross_calibrated(p_NK: np.ndarray, q_NK: np.ndarray, lesson: Lesson) -> np.ndarray:
+    """
+    What a hybrid of these two parts says (N, K), of each subject with the temperatures and weight that suit the others.
+
+    So that it is scored on nobody by whom it was calibrated; as they are before calibration where there is one subject alone.
+    """
+    fold_N = np.unique(lesson.subject_N, return_inverse=True)[1] % FOLDS
+    r_NK = (p_NK + q_NK) / 2
+    for fold in range(fold_N.max() + 1 if fold_N.any() else 0):
+        held_N = fold_N == fold
+        rest = (a[~held_N] for a in (p_NK, q_NK, lesson.y_N))
+        (cool_p, cool_q), weight = pipelines.calibrate(*rest)
+        p, q = pipelines.tempered(p_NK[held_N], cool_p), pipelines.tempered(q_NK[held_N], cool_q)
+        r_NK[held_N] = (1 - weight) * p + weight * q
+    return r_NK
 
 
 def with_least(pipeline):

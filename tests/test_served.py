@@ -102,6 +102,24 @@ def test_what_can_not_be_made_is_refused_in_one_line(folder, options, words):
     assert all(word in str(refused.value) for word in words) and not (folder / "never").exists()
 
 
+def test_a_hybrid_is_scored_on_nobody_by_whom_it_was_calibrated(folder, model, monkeypatch):
+    rng, subject_N, y_N = np.random.default_rng(0), np.repeat(np.arange(3), 40), np.arange(120) % 2
+    sure_NK, none_NK = np.eye(2)[y_N] * 0.8 + 0.1, rng.dirichlet((1, 1), 120)
+    p_NK, q_NK = (np.where((subject_N == 0)[:, None], a, b) for a, b in ((sure_NK, none_NK), (none_NK, sure_NK)))
+    lesson = served.Lesson(np.empty(0), y_N, subject_N, subject_N, subject_N, ())
+    told_NK = served.cross_calibrated(p_NK, q_NK, lesson)
+    right_N = told_NK.argmax(1) == y_N
+    assert right_N[:40].mean() < 0.75  # of the others the second part is good, and of this one the first
+    lesson.y_N = np.where(subject_N == 0, 1 - y_N, y_N)
+    assert np.array_equal(served.cross_calibrated(p_NK, q_NK, lesson)[:40], told_NK[:40])
+    lesson.subject_N = np.zeros(120, int)
+    assert np.array_equal(served.cross_calibrated(p_NK, q_NK, lesson), (p_NK + q_NK) / 2)
+    asked, calibrate = [], pipelines.calibrate
+    monkeypatch.setattr(pipelines, "calibrate", lambda *a: asked.append(len(a[2])) or calibrate(*a))
+    found = served.fit(folder / "cache", TARGET, "hybrid", folder / "crossed", model, window_s=1.0, transport_min=3)
+    assert found["val_windows"] in asked and sum(asked) == found["val_windows"] * found["val_subjects"]
+
+
 def test_zero_phase_caches_and_foreign_models_are_refused(folder, model, tmp_path):
     code, _, said = recipes.run(
         "--source", folder / "raw", "--cache", tmp_path / "c", "--workers", 1, "--allow-no-seizures"
