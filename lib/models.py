@@ -9,6 +9,7 @@ D width, H heads, F frequencies.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.cache import ALIKE
 from lib.errors import Unusable
 from lib.fno import FNOBlock
 from lib.grid import Grid, take, to_patches
@@ -335,6 +337,23 @@ def signal_meta(cache) -> dict:
     }
 
 
+def check_signal(meta: dict, cache, path: str | Path, tuned: bool = False) -> None:
+    """
+    Raises Unusable if a cache holds signals unlike those a file was trained on.
+
+    What is `tuned` on them learns another phase of the filter: of causal against zero-phase stderr is told, no more.
+    """
+    theirs = {"causal": False} | cache.signal | {"unit": cache.unit}
+    ours = {"causal": False} | meta["signal"] | {"unit": meta.get("unit", cache.unit)}  # older files don't say
+    for name in (*ALIKE, "unit"):
+        if ours.get(name) == theirs.get(name):
+            continue
+        words = f"{path} was trained at {name} {ours.get(name)}, the cache has {theirs.get(name)}"
+        if name != "causal" or not tuned:
+            raise Unusable(f"{words}: rebuild the cache with the model's value")
+        print(f"{words}: waves come at other times than it has learned", file=sys.stderr)
+
+
 def save_encoder(path: str | Path, encoder: nn.Module, meta: dict) -> None:
     """Write an encoder with everything needed to use it; `meta` has `signal_meta` and `lineage`."""
     meta = {"format": FORMAT, "version": VERSION, "architecture": asdict(encoder.architecture)} | meta
@@ -343,20 +362,16 @@ def save_encoder(path: str | Path, encoder: nn.Module, meta: dict) -> None:
 
 def load_encoder(path: str | Path, cache=None) -> tuple[nn.Module, dict]:
     """
-    An encoder (on the CPU, in evaluation mode) and its metadata.
+    An encoder (on the CPU, in evaluation mode) and its metadata, to be trained further.
 
-    Raises Unusable if the file is missing, damaged or no encoder, or if `cache` holds signals unlike those it was trained on.
+    Raises Unusable if the file is missing, damaged or no encoder, or if `cache` holds signals unlike those it was trained on; of another
+    phase of the filter alone stderr is told.
     """
     tensors, meta = load_tensors(path)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
     if cache is not None:
-        for name in ("kind", "rate_hz", "band_hz", "envelope_hz", "notch_hz", "reference", "scale"):
-            ours, theirs = meta["signal"].get(name), cache.signal.get(name)
-            if ours != theirs:
-                raise Unusable(
-                    f"{path} was trained at {name} {ours}, the cache has {theirs}: rebuild the cache with the encoder's value"
-                )
+        check_signal(meta, cache, path, tuned=True)
     try:
         encoder = build_encoder(Architecture(**meta["architecture"]))
         encoder.load_state_dict(tensors)

@@ -31,7 +31,7 @@ from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
 from lib.grid import to_patches
 from lib.latency import Latency
-from lib.models import Architecture, build_encoder
+from lib.models import Architecture, build_encoder, check_signal
 from lib.targets import Target
 from lib.tensors import load_tensors, save_tensors
 
@@ -252,13 +252,3 @@ def load_model(path: str | Path, cache=None) -> tuple[Decoder, dict, dict[str, t
         reason = str(error).splitlines()[-1].strip()
         raise Unusable(f"{path} was written by another version of this code ({reason}); train it again") from error
     return decoder.eval(), meta, {k: t for k, t in tensors.items() if not k.startswith("model.")}
-
-
-def check_signal(meta: dict, cache, path: str | Path) -> None:
-    """Raises Unusable if a cache holds signals unlike those a file was trained on."""
-    for name in ("kind", "rate_hz", "band_hz", "envelope_hz", "notch_hz", "reference", "scale"):
-        ours, theirs = meta["signal"].get(name), cache.signal.get(name)
-        if ours != theirs:
-            raise Unusable(
-                f"{path} was trained at {name} {ours}, the cache has {theirs}: rebuild the cache with the model's value"
-            )

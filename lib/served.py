@@ -18,7 +18,7 @@ from lib.cache import Cache
 from lib.deep import load_encoder, signal_path
 from lib.errors import Unusable
 from lib.lineage import check_leak, inherited
-from lib.readouts import check_signal
+from lib.models import check_signal
 from lib.riemann import Riemann, learn
 from lib.scores import classification_scores
 from lib.targets import WINDOW_S, Examples, Target, read_targets

@@ -23,7 +23,7 @@ from lib.grid import Grid, to_patches
 from lib.losses import layer_normed, loss_latent
 from lib.masks import draw_masks
 from lib.metrics import effective_rank, feature_std
-from lib.models import Architecture, build_encoder, load_encoder, save_encoder, take
+from lib.models import Architecture, build_encoder, check_signal, load_encoder, save_encoder, take
 from lib.optim import decay_groups, ema_momentum, ema_update, warmup_cosine
 from lib.predictor import KINDS, Predictor
 from lib.run import saved_config
@@ -251,17 +251,28 @@ def test_damaged_encoder_files_are_refused(tmp_path, encoder):
         load_encoder(bad)
 
 
-def test_an_encoder_refuses_signals_unlike_its_own(tmp_path, encoder):
+def test_an_encoder_refuses_signals_unlike_its_own(tmp_path, encoder, capsys):
     class Signals:
-        signal = {"kind": "eeg", "rate_hz": 100.0, "band_hz": [0.5, 45.0], "scale": "robust"}
+        signal = {"kind": "eeg", "rate_hz": 100.0, "band_hz": [0.5, 45.0], "scale": "robust", "causal": False}
+        unit = "uV"
 
     path = tmp_path / "encoder.safetensors"
-    save_encoder(path, encoder, {"signal": Signals.signal, "lineage": []})
+    save_encoder(path, encoder, {"signal": Signals.signal, "unit": "uV", "lineage": []})
     load_encoder(path, Signals)
-    for name, value in (("rate_hz", 200.0), ("band_hz", None), ("scale", "none")):
-        other = type("Other", (), {"signal": Signals.signal | {name: value}})
-        with pytest.raises(Unusable, match=name):
+    for name, value in (("rate_hz", 200.0), ("band_hz", None), ("scale", "none"), ("unit", "g")):
+        other = type(
+            "Other", (Signals,), {"signal": Signals.signal | {name: value}, "unit": "g" if name == "unit" else "uV"}
+        )
+        with pytest.raises(Unusable, match=f"at {name} "):
             load_encoder(path, other)
+    assert not capsys.readouterr().err
+    causal = type("Causal", (Signals,), {"signal": Signals.signal | {"causal": True}})
+    load_encoder(path, causal)  # to be tuned
+    assert "at causal False, the cache has True" in capsys.readouterr().err
+    meta = {"signal": {n: v for n, v in Signals.signal.items() if n != "causal"}}  # an older file says neither
+    check_signal(meta, Signals, path)
+    with pytest.raises(Unusable, match="at causal False, the cache has True"):
+        check_signal(meta, causal, path)
 
 
 def test_tensor_files_hold_scalars_and_empty_tensors(tmp_path):

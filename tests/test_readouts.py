@@ -1,6 +1,7 @@
 """Readouts: any montage, padding and order of channels change nothing; models as files; transfer; prototypes; occlusion; autopsy."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,14 @@ def test_coral_is_the_whole_covariance_where_it_has_few_directions(width):
     for exponent in (-0.5, 0.5):
         whole_BX = z_BX @ (basis_XX * size_X**exponent) @ basis_XX.T
         assert np.abs(Domain.of(z_BX).shaped(z_BX, exponent) - whole_BX).max() < 1e-3 * np.abs(whole_BX).max()
+
+
+def test_a_model_of_zero_phase_signals_is_not_evaluated_on_causal_ones(tmp_path):
+    save_model(tmp_path / "m.safetensors", decoder_of("mean"), META | {"signal": {"causal": False}, "unit": "uV"})
+    load_model(tmp_path / "m.safetensors", SimpleNamespace(signal={"causal": False}, unit="uV"))
+    for signal, unit in (({"causal": True}, "uV"), ({"causal": False}, "V")):
+        with pytest.raises(Unusable, match="the cache has (True|V)"):
+            load_model(tmp_path / "m.safetensors", SimpleNamespace(signal=signal, unit=unit))
 
 
 def test_prototypes_tell_classes_within_and_across_subjects():
