@@ -97,7 +97,7 @@ class Inference:
         """The probability of a seizure along recordings: windows that overlap by half, and what they say of a stretch averaged."""
         cache, samples, lines = examples.cache, examples.samples, []
         stretch = self.stretch_s * cache.rate_hz  # samples, not always a whole number
-        for row in rows:
+        for row, annotated_N2 in zip(rows, annotated(cache, rows), strict=True):
             r = cache.recordings[row]
             total = np.zeros((2, int(np.ceil(r.samples / stretch - 1e-9))))
             starts = [
@@ -117,5 +117,5 @@ class Inference:
                     for said_S, place in zip(said_BS, place_B[part.index_B], strict=True):
                         total[:, place : place + len(said_S)] += np.stack([said_S, np.ones(len(said_S))])
             probability_T = total[0] / np.maximum(total[1], 1)
-            lines.append(Timeline(row, probability_T, annotated(cache, row), r.samples / cache.rate_hz))
+            lines.append(Timeline(row, probability_T, annotated_N2, r.samples / cache.rate_hz))
         return lines

@@ -112,10 +112,11 @@ class Timeline:
     seconds: float
 
 
-def annotated(cache: Cache, row: int) -> np.ndarray:
-    """The seizures of a recording, s (n, 2)."""
-    row_N, start_N, stop_N = cache.intervals(SEIZURE)
-    return np.stack([start_N, stop_N], 1)[row_N == row]
+def annotated(cache: Cache, rows: Sequence[int]) -> list[np.ndarray]:
+    """The seizures of each of some recordings, s (n, 2)."""
+    row_N, start_N, stop_N = cache.intervals(SEIZURE)  # which merges those of all recordings: once, and not for each
+    span_N2 = np.stack([start_N, stop_N], 1)
+    return [span_N2[slice(*np.searchsorted(row_N, [row, row + 1]))] for row in rows]
 
 
 def score_timelines(

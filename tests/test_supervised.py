@@ -421,7 +421,7 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("stretch_s", [0.25, 0.125, 1 / 30])  # 25, 12.5 and 3.33 samples
 def test_stretches_of_no_whole_number_of_samples_keep_time(cache, monkeypatch, stretch_s):
     opened = Cache(cache)
-    row = next(i for i in range(len(opened.recordings)) if len(judgement.annotated(opened, i)))
+    row = next(i for i, found in enumerate(judgement.annotated(opened, range(len(opened.recordings)))) if len(found))
     examples = Examples(opened, read_targets(opened, ["seizure"], [row], 400), [row], 4.0, 2.0)
 
     def placed(cache, recording_B, start_B, samples, index_B, *rest):
@@ -430,7 +430,11 @@ def test_stretches_of_no_whole_number_of_samples_keep_time(cache, monkeypatch, s
             yield part
 
     monkeypatch.setattr(inference, "read_parts", placed)
-    line = inference.Inference(Oracle(examples, stretch_s), "float32", 4, 0, 0, stretch_s).timelines(examples, [row])[0]
+    merged, intervals = [], opened.intervals
+    monkeypatch.setattr(opened, "intervals", lambda label: merged.append(label) or intervals(label))
+    model = inference.Inference(Oracle(examples, stretch_s), "float32", 4, 0, 0, stretch_s)
+    line, *_ = model.timelines(examples, [row, row + 1, row + 2])
+    assert len(merged) == 1  # all recordings' seizures are merged, which takes a while, once
     assert len(line.probability_T) * stretch_s == pytest.approx(line.seconds, abs=stretch_s)
     found_N2 = seizures.detect(line.probability_T, 1 / stretch_s, 0.5, 0, 0, 0)
     assert found_N2 == pytest.approx(line.annotated_N2, abs=1.01 * stretch_s)
