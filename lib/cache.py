@@ -204,6 +204,19 @@ class Cache:
         ]
         return merge(rows["recording"], rows["onset_s"], rows["onset_s"] + rows["duration_s"])
 
+    @cached_property
+    def _segments(self) -> np.ndarray:
+        """All segments (recording, first, one past the last sample), sorted."""
+        table = sorted((i, *ends) for i, r in enumerate(self.recordings) for ends in r.segments)
+        return np.array(table, np.int64).reshape(-1, 3)
+
+    def holds(self, row_B, start_B, samples: int) -> np.ndarray:
+        """Whether windows of so many samples lie within one segment of their recordings, bool (B)."""
+        row_N, start_N, stop_N = self._segments.T
+        reach = 1 + stop_N.max(initial=0) + np.abs(start_B).max(initial=0)  # so that no start is another recording's
+        i_B = np.searchsorted(row_N * reach + start_N, row_B * reach + start_B, side="right") - 1
+        return (i_B >= 0) & (row_N[i_B] == row_B) & (start_B + samples <= stop_N[i_B])
+
     def labels(self) -> list[str]:
         """The vocabulary of events."""
         return sorted(set(self._events[1]))

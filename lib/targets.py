@@ -171,13 +171,13 @@ def event_examples(
         for onset_s, stop_s, value in spans:
             first, stop = (round(t * cache.rate_hz) for t in (onset_s + target.after_s, stop_s))
             for k in range(max(1, (stop - first) // samples)):
-                start = first + k * samples
-                if any(a <= start and start + samples <= b for a, b in r.segments):
-                    row_N.append(row)
-                    start_N.append(start)
-                    values.append(value)
+                row_N.append(row)
+                start_N.append(first + k * samples)
+                values.append(value)
+    row_N, start_N = np.array(row_N, np.int64), np.array(start_N, np.int64)
     order = np.lexsort((start_N, row_N))
-    return np.array(row_N, np.int64)[order], np.array(start_N, np.int64)[order], [values[i] for i in order]
+    order = order[cache.holds(row_N, start_N, samples)[order]]
+    return row_N[order], start_N[order], [values[i] for i in order]
 
 
 def _between(spans: list[tuple], seconds: float) -> list[tuple[float, float]]:
@@ -297,12 +297,8 @@ class Examples:
             return row_B, start_B, value_BK
         uniform_B = (mix(derive(key(seed, "moved"), step, index_B)) >> np.uint64(11)) / 2.0**53
         shift_B = np.rint((2 * uniform_B - 1) * most_s * rate_hz).astype(np.int64)
-        inside_B = np.zeros(len(row_B), bool)
-        for b in np.flatnonzero(np.isfinite(value_BK[:, timed]).any(1)):
-            first = start_B[b] + shift_B[b]
-            segments = self.cache.recordings[row_B[b]].segments
-            inside_B[b] = any(a <= first and first + self.samples <= z for a, z in segments)
-        shift_B = np.where(inside_B, shift_B, 0)
+        known_B = np.isfinite(value_BK[:, timed]).any(1)
+        shift_B = np.where(known_B & self.cache.holds(row_B, start_B + shift_B, self.samples), shift_B, 0)
         for k in timed:
             value_BK[:, k] -= (shift_B / rate_hz / self.targets[k].std).astype(np.float32)
         return row_B, start_B + shift_B, value_BK

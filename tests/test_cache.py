@@ -80,6 +80,16 @@ def test_windows_do_not_cross_the_gap_and_events_are_on_the_signals_own_time(mix
     assert len(partial) == len(covered) and len(full) == 0
 
 
+def test_windows_are_held_by_one_segment_of_their_recording(mixed):
+    cache, rng = Cache(mixed), np.random.default_rng(0)
+    row_B, start_B = rng.integers(len(cache.recordings), size=2000), rng.integers(-500, 3500, 2000)
+    start_B[:20] = np.repeat([-10_000, 10**6, 600, 601, 1000], 4)
+    segments = [cache.recordings[row].segments for row in row_B]
+    held = [any(a <= s and s + 400 <= b for a, b in own) for own, s in zip(segments, start_B, strict=True)]
+    assert cache.holds(row_B, start_B, 400).tolist() == held and 0 < sum(held) < 2000
+    assert cache.holds(row_B[:0], start_B[:0], 400).shape == (0,)
+
+
 def test_window_choices_need_no_rebuild_and_impossible_ones_are_refused(mixed):
     cache = Cache(mixed)
     assert len(cache.windows(window_s=10, stride_s=10)) == 3 + 1 + 2
