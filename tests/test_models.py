@@ -1,7 +1,9 @@
 """Encoder, predictor, optimiser and loss: what must not change the result, and what must."""
 
 import copy
+import hashlib
 import importlib
+import json
 import math
 import typing
 from dataclasses import replace
@@ -9,13 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lib import command
+from lib.arrays import load_arrays
 from lib.batches import Part
 from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
@@ -273,6 +276,17 @@ def test_an_encoder_refuses_signals_unlike_its_own(tmp_path, encoder, capsys):
     check_signal(meta, Signals, path)
     with pytest.raises(Unusable, match="at causal False, the cache has True"):
         check_signal(meta, causal, path)
+
+
+@pytest.mark.parametrize("load", [load_tensors, load_arrays])
+def test_files_whose_metadata_is_no_object_are_refused_in_one_line(tmp_path, load):
+    path, deep = tmp_path / "odd.safetensors", "[" * 100_000 + "]" * 100_000
+    listed = json.dumps({"meta": [1], "sha256": hashlib.sha256(b"[1]").hexdigest()})
+    for label in ("[1, 2]", "3", "not JSON", deep, listed, '{"meta": {}}'):
+        path.write_bytes(save({}, {"berger": label}))
+        with pytest.raises(Unusable) as refused:
+            load(path)
+        assert "odd.safetensors" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_tensor_files_hold_scalars_and_empty_tensors(tmp_path):
