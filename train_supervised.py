@@ -668,16 +668,15 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
             last, ways = fit(replace(cfg, folds=0, name=str(name), resume=begun, overwrite=False), ranks, cache, of)
         except KeyboardInterrupt:  # whose words are of the fold alone
             run.interrupt(f"in fold {fold + 1} of {cfg.folds}")
-        done.append({k: last[k] for k in ("run", "chosen_step", "metrics")})
-        decoder, meta, _ = load_model(last["model"])
-        targets = decoder.targets
+        done.append({k: last[k] for k in ("run", "chosen_step", "metrics", "detection")})
+        targets = load_model(last["model"])[0].targets
         judgement.pool(pooled, ways, targets)
     table = judgement.tabulate(targets, pooled, cache, 1 / cfg.stretch_s, cfg.resamples)
     judgement.write_scores(run.directory / "scores.json", table)
     results = {
         "run": str(run.directory), "step": last["step"], "folds": done, "scored": f"{cfg.folds} folds over subjects of train and val",
         **judgement.summary(targets, table), "windows_per_s": last["windows_per_s"], "seconds": round(run.seconds(), 1),
-        "detection": meta["detection"], "scores": str(run.directory / "scores.json"), "report": str(run.directory / "report.html"),
+        "scores": str(run.directory / "scores.json"), "report": str(run.directory / "report.html"),
     }  # fmt: skip
     score_report.write(run, asdict(cfg), targets, cache, pooled, table, results, {})
     run.close()

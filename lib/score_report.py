@@ -3,6 +3,7 @@ The page about a decoder's scores: beside baselines, window by window, by subjec
 """
 
 import json
+import math
 
 from lib.cache import Cache
 from lib.command import json_line
@@ -17,7 +18,7 @@ def write(
     """
     report.html of a run.
 
-    `ways` and `table` are as in lib/judgement.py; `results` says what was `scored`, and has the threshold of seizures in `detection`;
+    `ways` and `table` are as in lib/judgement.py; `results` says what was `scored`, and has the threshold of seizures in `detection`, or in that of each of its `folds`;
     `explained` has `sites` and `bands` of lib/occlusion.py, `autopsy` and `worst` of lib/autopsy.py, as far as they were asked for.
     """
     from lib import report  # here, as it brings matplotlib, which takes a second
@@ -31,7 +32,12 @@ def write(
         if target.source == SEIZURE:
             lines, found = own
             names = [cache.recordings[line.row].key for line in lines]
-            told += report.seizure_timeline(lines, found, names, results["detection"]["threshold"])
+            each = [said["detection"]["threshold"] for said in results.get("folds", [results])]
+            told += report.seizure_timeline(lines, found, names, each[0] if len(each) == 1 else math.nan)
+            if len(each) > 1:
+                told += report.paragraph(
+                    f"Each fold has a threshold of its own, and none is drawn: {', '.join(map(str, each))}."
+                )
         else:
             told += report.truth_against_said(target, own)
             people += report.by_subject(target, own)

@@ -458,6 +458,16 @@ def test_labels_with_commas_stay_one_column(cache):
     assert [row[3:5] for row in csv.reader(text.splitlines())][1:] == [["1,2", "1,2"], ['q"', 'q"']]
 
 
+def test_each_fold_of_seizures_says_its_own_threshold(cache, tmp_path, monkeypatch):
+    chosen = iter([{"threshold": t, "close_s": 0.0, "open_s": 0.0, "shortest_s": 0.0} for t in (0.15, 0.45, 0.85)])
+    monkeypatch.setattr(judgement, "choose_detection", lambda *_: next(chosen))
+    words = dict(where=("task=szMonitoring",), window_s=8.0, stride_s=8.0, steps=1, eval_every=0, baseline_windows=0)
+    results = main(config(cache, tmp_path / "folds", target=("seizure",), folds=3, **words))
+    assert [fold["detection"]["threshold"] for fold in results["folds"]] == [0.15, 0.45, 0.85]
+    assert "detection" not in results  # the last one's is not that of all
+    assert "none is drawn: 0.15, 0.45, 0.85" in (tmp_path / "folds" / "report.html").read_text()
+
+
 def test_folds_that_mean_different_things_are_refused(cache, tmp_path):
     with pytest.raises(Unusable, match="has no .* to learn from"):
         main(config(cache, tmp_path / "folds", target=("age:classification",), folds=3))
