@@ -44,11 +44,12 @@ from lib import (
 from lib.alignment import Align, choose
 from lib.batches import Piece, read_pieces
 from lib.cache import Cache
-from lib.channels import POSITIONS, TEN_TWENTY
+from lib.channels import TEN_TWENTY, common_sites
 from lib.errors import Unusable
 from lib.evaluation import Fitted
 from lib.flops import StepCost, matmul_rate
 from lib.folds import fold_rows
+from lib.heads import fit_heads
 from lib.inference import MOST_AT_ONCE, Inference
 from lib.lineage import check_leak, inherited, trained_on, waveform_factor
 from lib.models import signal_meta, start_encoder
@@ -61,7 +62,7 @@ from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.store import write_atomic
 from lib.targets import WINDOW_S, Examples, Target, balanced, read_targets
-from lib.transfer import Domain, Offsets, Transfer, groups, moved
+from lib.transfer import Offsets, Transfer
 from lib.windows import SEIZURE
 
 FITTED = 4096  # windows that the heads are fitted on before training
@@ -259,22 +260,15 @@ def check(cfg: Config) -> None:
         raise Unusable("--folds goes with neither --shots nor --evaluate")
 
 
-def readout_of(cfg: Config, examples: Examples) -> Kind:
+def readout_of(cfg: Config, examples: Examples, sites: tuple[str, ...]) -> Kind:
     """The readout asked for; by itself one that keeps what the target needs: the order of patches, or where on the head they come from."""
     if cfg.readout != "auto":
         return cfg.readout
     if examples.coverage:
         return "attention"
     if cfg.mode != "probe" and any(t.source == "event" for t in examples.targets):
-        return "latency" if any(t.timed for t in examples.targets) and site_names(examples) else "contextual"
-    return "sites" if len(site_names(examples)) > 1 else "mean"
-
-
-def site_names(examples: Examples) -> tuple[str, ...]:
-    """The electrodes that all recordings have, the 10-20 system if they differ; none if the place of one isn't known."""
-    names = {examples.cache.recordings[i].names for i in examples.rows}
-    known = all(name in POSITIONS for one in names for name in one)
-    return () if not known else names.pop() if len(names) == 1 else TEN_TWENTY
+        return "latency" if any(t.timed for t in examples.targets) and sites else "contextual"
+    return "sites" if len(sites) > 1 else "mean"
 
 
 def plan_reading(cfg: Config, examples: Examples, patch: int) -> Reading:
@@ -289,8 +283,9 @@ def plan_reading(cfg: Config, examples: Examples, patch: int) -> Reading:
         raise Unusable(f"--stretch-s {cfg.stretch_s:g} doesn't divide a patch of {patch / examples.cache.rate_hz:g} s")
     if cfg.readout == "latency" and not any(t.timed for t in examples.targets):
         raise Unusable("--readout latency needs a target that is a time after an event: challenge1")
-    sites = site_names(examples) or TEN_TWENTY
-    return Reading(readout_of(cfg, examples), examples.samples // patch, cfg.filters, int(stretches), sites)
+    sites = common_sites(examples.cache.recordings[i].names for i in examples.rows)
+    kind, patches = readout_of(cfg, examples, sites), examples.samples // patch
+    return Reading(kind, patches, cfg.filters, int(stretches), sites or TEN_TWENTY)
 
 
 def parameter_groups(cfg: Config, decoder: Decoder, weights: TaskWeights, mode: str, steps: int) -> list[dict]:
@@ -299,16 +294,12 @@ def parameter_groups(cfg: Config, decoder: Decoder, weights: TaskWeights, mode: 
 
     Fine-tuning: the head first, then the encoder, each layer --lr-decay times as fast as the one above, from the top down.
     """
-    head = nn.ModuleList([decoder.readout, decoder.heads, weights])
-    groups = layer_groups(decoder.encoder, head, 0.5, cfg.weight_decay)  # 1/2 per layer, so that its depth can be read
-    below = {id(p) for p in decoder.encoder.parameters()}
-    deepest = max(round(-math.log2(group["scale"])) for group in groups)
+    head, tuned = nn.ModuleList([decoder.readout, decoder.heads, weights]), mode == "finetune"
+    groups = layer_groups(decoder.encoder, head, cfg.lr_decay if tuned else 1.0, cfg.weight_decay)
+    deepest = max((group["depth"] or 0) for group in groups)
     for group in groups:
-        depth, group["joins"] = round(-math.log2(group["scale"])), 0
-        group["scale"] = 1.0
-        if mode == "finetune" and id(group["params"][0]) in below:
-            group["scale"] = cfg.lr_decay**depth
-            group["joins"] = round(steps * (cfg.head_warmup + cfg.unfreeze * depth / max(1, deepest)))
+        share = cfg.head_warmup + cfg.unfreeze * (group["depth"] or 0) / max(1, deepest)
+        group["joins"] = round(steps * share) if tuned and group["depth"] is not None else 0
     return groups
 
 
@@ -323,48 +314,6 @@ def val_ids(cfg: Config, val: Examples) -> np.ndarray:
 
 # ----------------------------------------------------------------------------
 # training
-
-
-def fit_heads(inference: Inference, train: Examples, most: int, transfer: Transfer, offsets: Offsets) -> Domain:
-    """
-    Fit the heads on frozen features at once: ridge or logistic regression, penalty by cross-validation over subjects.
-
-    `transfer` moves the training features of at most so many examples (0: all) too, so that heads learn from what they will see; returns
-    where they lay, and leaves in `offsets` how far each subject's were from there.
-    """
-    ids, decoder = train.even(most), inference.decoder
-    held = fit_latency(inference, train, ids) if decoder.readout.latency else {}
-    z_BX, y_BK = (t.double().numpy() for t in inference.features(train, ids))
-    row_B, _ = train.locate(ids)
-    domain, subject_B = Domain.of(z_BX), classical.subjects(train.cache, row_B)
-    offsets.measure(z_BX, subject_B)
-    z_BX = moved(z_BX, groups(train.cache, row_B, transfer), transfer, domain)
-    for k, (target, head) in enumerate(zip(decoder.targets, decoder.heads, strict=True)):
-        known_B = np.isfinite(y_BK[:, k])
-        y_B = y_BK[known_B, k].astype(int) if target.classes else y_BK[known_B, k]
-        if not len(y_B) or target.classes and len(set(y_B)) < 2:  # nothing to tell apart among these
-            continue
-        slope, level, seen_BX = 0.0, 0.0, z_BX[known_B]
-        if k in held:  # by the latency as far as it goes, what it leaves by the rest
-            slope, level = np.polyfit(held[k], y_B, 1)
-            y_B, seen_BX = y_B - slope * held[k] - level, seen_BX * (np.arange(z_BX.shape[1]) < z_BX.shape[1] - 1)
-        linear = classical.fit_linear(seen_BX, y_B, subject_B[known_B], len(target.classes))
-        weight_XO = linear.weight_FK / linear.spread_F[:, None]
-        with torch.no_grad():
-            head.weight.copy_(torch.from_numpy(weight_XO.T))
-            head.weight[:, -1] += slope
-            head.bias.copy_(torch.from_numpy(linear.bias_K - linear.centre_F @ weight_XO) + level)
-    return domain
-
-
-def fit_latency(inference: Inference, train: Examples, ids: np.ndarray) -> dict[int, np.ndarray]:
-    """Fit the filter of a `latency` readout to the first target that is a time; returns, by target, what filters of other subjects say."""
-    k = next(k for k, t in enumerate(train.targets) if t.timed)
-    y_B, target = train.values(ids)[:, k].astype(np.float64), train.targets[k]
-    known_B = np.isfinite(y_B)
-    subject_B = classical.subjects(train.cache, train.locate(ids[known_B])[0])
-    x_BET, time_s_B = inference.steps(train, ids[known_B]), target.decode(y_B[known_B]) - target.after_s
-    return {k: inference.decoder.readout.latency.fit(x_BET, time_s_B, subject_B)}
 
 
 def initial_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:

@@ -9,7 +9,7 @@ montages share one space.
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,14 @@ def kind(name: str) -> str:
         return "eeg"
     text = _PREFIX.sub("", name.strip()).upper().strip(".")
     return next((kind for kind, words in _KINDS.items() if words.match(text)), "unknown")
+
+
+def common_sites(montages: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The electrodes of montages that are all the same, else the 10-20 system's; none if the place of one isn't known."""
+    montages = set(montages)
+    if any(name not in POSITIONS for names in montages for name in names):
+        return ()
+    return montages.pop() if len(montages) == 1 else TEN_TWENTY
 
 
 def is_biosemi(names: list[str]) -> bool:

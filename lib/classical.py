@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from lib.cache import Cache
-from lib.channels import POSITIONS, TEN_TWENTY
+from lib.channels import POSITIONS, TEN_TWENTY, common_sites
 from lib.latency import Latency
 from lib.probe import band_power
 from lib.targets import Examples, Target
@@ -54,13 +54,12 @@ class Sites:
         montages = {cache.recordings[i].names for i in rows}
         if len(montages) == 1:
             return cls(montages.pop())
-        placed = all(name in POSITIONS for names in montages for name in names)
-        return cls(TEN_TWENTY, interpolated=True) if placed else None
+        return cls(TEN_TWENTY, interpolated=True) if common_sites(montages) else None
 
     def fits(self, cache: Cache, rows) -> bool:
         """Whether recordings can be brought to these sites."""
         montages = {cache.recordings[i].names for i in rows}
-        return montages == {self.names} or self.interpolated and all(n in POSITIONS for m in montages for n in m)
+        return montages == {self.names} or self.interpolated and bool(common_sites(montages))
 
     def read(self, cache: Cache, row_B: np.ndarray, start_B: np.ndarray, samples: int, unit: str) -> np.ndarray:
         """Windows at the sites, float64 (B, E, T)."""
@@ -212,7 +211,8 @@ def _logistic(z_BF: np.ndarray, y_B: np.ndarray, folds: list):
     """Logistic regression with the penalty of the smallest loss on held-out subjects, classes of equal weight in both."""
     from sklearn.linear_model import LogisticRegression
 
-    share = {y: (y_B == y).mean() for y in np.unique(y_B)}
+    _, class_B, count_K = np.unique(y_B, return_inverse=True, return_counts=True)  # folds lack none
+    share_K = count_K / len(y_B)
     best, penalty = np.inf, LOGISTICS[len(LOGISTICS) // 2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence: so well regularised, more iterations change no decision
@@ -220,10 +220,8 @@ def _logistic(z_BF: np.ndarray, y_B: np.ndarray, folds: list):
             loss = 0.0
             for fit, held in folds:
                 model = LogisticRegression(C=c, class_weight="balanced", max_iter=300).fit(z_BF[fit], y_B[fit])
-                told_N = model.predict_log_proba(z_BF[held])[
-                    np.arange(len(held)), np.searchsorted(model.classes_, y_B[held])
-                ]
-                loss -= sum(told / share[y] for told, y in zip(told_N, y_B[held], strict=True))
+                told_N = model.predict_log_proba(z_BF[held])[np.arange(len(held)), class_B[held]]
+                loss -= (told_N / share_K[class_B[held]]).sum()
             if loss < best:
                 best, penalty = loss, c
         return LogisticRegression(C=penalty, class_weight="balanced", max_iter=300).fit(z_BF, y_B)

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from lib.batches import Part
-from lib.cache import Cache
-from lib.channels import POSITIONS, TEN_TWENTY
+from lib.channels import POSITIONS, TEN_TWENTY, common_sites
 from lib.inference import Inference
 from lib.precision import autocast
 from lib.probe import BANDS_HZ
@@ -21,14 +20,6 @@ from lib.targets import Examples
 MOST_SITES = (
     64  # electrodes that are taken away one by one; of larger or mixed montages the regions of the 10-20 system
 )
-
-
-def sites_of(cache: Cache, rows) -> tuple[str, ...]:
-    """Places to be occluded: the electrodes of the recordings if they all have the same few, else those of the 10-20 system."""
-    montages = {cache.recordings[i].names for i in rows}
-    if any(name not in POSITIONS for names in montages for name in names):
-        return ()
-    return min(montages) if len(montages) == 1 and len(min(montages)) <= MOST_SITES else TEN_TWENTY
 
 
 def without_site(part: Part, site: int, place_E3: torch.Tensor) -> Part:
@@ -82,6 +73,6 @@ def occlude(inference: Inference, examples: Examples, most: int) -> tuple[dict[s
             out = decoder(part.to(device))
         return float(decoder.loss(out, known[i]).sum()) / len(ids)
 
-    rows = np.unique(examples.locate(ids)[0]).tolist()
-    sites = sites_of(examples.cache, rows)
+    sites = common_sites(examples.cache.recordings[i].names for i in np.unique(examples.locate(ids)[0]).tolist())
+    sites = sites if len(sites) <= MOST_SITES else TEN_TWENTY
     return occlusion(loss_of, [piece.part for piece in pieces], sites, examples.cache.rate_hz)

@@ -30,14 +30,15 @@ def layer_groups(encoder: nn.Module, head: nn.Module, lr_decay: float, weight_de
     AdamW groups as of `decay_groups`, two per layer, whose `scale` the loop multiplies the learning rate with.
 
     The head and what follows the encoder's blocks learn at scale 1, each block `lr_decay` times as fast as the next one, and what
-    comes before the blocks slowest (BEiT, Bao 2021). Every parameter that needs a gradient is in exactly one group.
+    comes before the blocks slowest (BEiT, Bao 2021). Every parameter that needs a gradient is in exactly one group. `depth` counts an
+    encoder's layers from the top, 0 being what follows the blocks; the head has None.
     """
     named = list(encoder.named_parameters())
     depth = 1 + max((int(found[1]) for name, _ in named if (found := BLOCK.search(name))), default=-1)
-    groups = decay_groups(head, weight_decay)
-    for layer in range(depth + 2):
-        own = [(name, p) for name, p in named if _layer(name, depth) == layer]
-        groups += _groups(own, weight_decay, lr_decay ** (depth + 1 - layer))
+    groups = [group | {"depth": None} for group in decay_groups(head, weight_decay)]
+    for down in range(depth + 1, -1, -1):
+        own = [(name, p) for name, p in named if _layer(name, depth) == depth + 1 - down]
+        groups += [group | {"depth": down} for group in _groups(own, weight_decay, lr_decay**down)]
     return [group for group in groups if group["params"]]
 
 

@@ -68,6 +68,7 @@ def test_layers_learn_slower_the_nearer_they_are_to_the_signal(kind, adapter):
     same(groups, [encoder, head])
     scales = {id(p): group["scale"] for group in groups for p in group["params"]}
     by_name = {name.removeprefix("encoder."): scales[id(p)] for name, p in encoder.named_parameters()}
+    assert [g["scale"] for g in groups] == [0.5 ** (g["depth"] or 0) for g in groups]
     assert all(scales[id(p)] == 1 for p in head.parameters()) and by_name["norm.weight"] == 1
     assert by_name["embed.samples.weight"] == 0.5**4 == by_name["place.unplaced_D"]
     for name, scale in by_name.items():
