@@ -28,19 +28,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lib import (
-    ablation,
-    autopsy,
-    classical,
-    command,
-    evaluation,
-    judgement,
-    occlusion,
-    plot,
-    recovery,
-    score_report,
-    shots,
-)
+from lib import ablation, classical, command, evaluation, judgement, plot, recovery, score_report, shots
 from lib.alignment import Align, choose
 from lib.batches import Piece, read_pieces
 from lib.cache import Cache
@@ -60,7 +48,6 @@ from lib.ranks import Ranks, join
 from lib.readouts import Decoder, Kind, Reading, load_model, save_model
 from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
-from lib.store import write_atomic
 from lib.targets import WINDOW_S, Examples, Target, balanced, read_targets
 from lib.transfer import Offsets, Transfer
 from lib.windows import SEIZURE
@@ -358,13 +345,17 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     if unknown := sorted(set(wanted) - {t.name for t in targets}):
         raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
 
-    def draw(step: int, who: np.ndarray, micro: int, move_s: float = 0.0) -> list[Piece]:
+    def draw(step: int, who: np.ndarray, micro: int, move_s: float = 0.0) -> tuple[list[Piece], np.ndarray]:
+        """Examples `who` of a step's batch, and how many of the whole batch have a value, per target."""
+        ids, known_K = sampler.ids(step), np.array([cfg.batch])
+        if not train.coverage:  # where there is no seizure is known too
+            known_K = np.isfinite(train.values(ids)).sum(0)
         how = (channels_of(cfg), micro, cfg.seed, step, cfg.stretch_s, move_s)
-        return read_pieces(train, sampler.ids(step)[who], who, *how)
+        return read_pieces(train, ids[who], who, *how), known_K
 
     run = Run(cfg, __file__, ranks)
     if not cfg.init:
-        pieces = draw(0, np.arange(cfg.batch), cfg.micro)
+        pieces, _ = draw(0, np.arange(cfg.batch), cfg.micro)
         encoder.calibrate([p.part for p in pieces])
     if mode != "probe":  # a response to a stimulus is a waveform, of which phase 1's features have little
         with torch.no_grad():
@@ -380,7 +371,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         state |= run.restore(modules, optimizer)
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:16]
-        piece = draw(0, some, cfg.micro)[0].to(device)
+        piece = draw(0, some, cfg.micro)[0][0].to(device)
         state["dtype"] = (
             "float32"
             if mode == "probe"
@@ -392,39 +383,25 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     val_at = val_ids(cfg, val) if ranks.first else np.empty(0, np.int64)
     inference = inference_of(cfg, decoder, state["dtype"])
 
-    def watch() -> dict[str, float]:
-        decoder.eval()
-        source = None if cfg.transfer == "none" else evaluation.domain_of(inference, train)
-        values = judgement.val_scores(targets, inference.predict(val, val_at, cfg.transfer, source), cache)
-        if path := run.among_best(state, values["val_loss"], cfg.keep):
-            save_model(path, decoder, meta | {"step": state["step"]})
-        decoder.train()
-        return values
-
     if state["step"] == 0 and mode != "probe" and not state["best"]:
         if cfg.fitted_head and not train.coverage:
             decoder.eval()
             fit_heads(inference, train, FITTED, cfg.transfer, offsets)
             decoder.train()
         if ranks.first:
-            run.log(0, **watch())
+            run.log(0, **watch(cfg, run, state, inference, train, val, val_at, meta))
         run.save(state, modules, optimizer)
     told_by = torch.compile(decoder) if cfg.compile else decoder
     if steps:
         cost = StepCost(lambda piece: decoder.loss(decoder((p := piece.to(device)).part), p.y), decoder)
         rate = matmul_rate(DTYPES[state["dtype"]], device)
 
-    def batch_of(step: int) -> tuple[list[Piece], np.ndarray]:
-        every_K = np.array([cfg.batch])  # of the global batch: where there is no seizure is known too
-        known_K = every_K if train.coverage else np.isfinite(train.values(sampler.ids(step))).sum(0)
-        return draw(step, share, state["micro"], cfg.move_s), known_K
-
     def offset_of(step: int, piece: Piece) -> torch.Tensor | None:
         if cfg.transfer != "recentre":
             return None
         return offsets(classical.subjects(cache, train.locate(sampler.ids(step)[piece.part.index_B])[0]))
 
-    loader = Prefetch(batch_of, state["step"], steps)
+    loader = Prefetch(lambda step: draw(step, share, state["micro"], cfg.move_s), state["step"], steps)
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
     pace = Pace(device)
     for step, (pieces, known_K) in loader:
@@ -467,7 +444,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         state["step"] = done = step + 1
         last, values = done == steps, {}
         if ranks.first and (last or due(done, cfg.eval_every)):
-            values = watch()
+            values = watch(cfg, run, state, inference, train, val, val_at, meta)
         if values or last or due(done, cfg.log_every):
             means = np.mean(state["recent"] or [(math.nan,) * (2 + len(targets))], axis=0).tolist()
             names = ("loss", "grad_norm", *(f"loss_{t.name}" for t in targets))
@@ -501,6 +478,20 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     return results, ways
 
 
+def watch(
+    cfg: Config, run: Run, state: dict, inference: Inference, train: Examples, val: Examples, val_at: np.ndarray, meta: dict
+) -> dict[str, float]:  # fmt: skip
+    """What the log says of examples `val_at` of val; the model is kept if it is among the best."""
+    decoder = inference.decoder.eval()
+    source = None if cfg.transfer == "none" else evaluation.domain_of(inference, train)
+    said = inference.predict(val, val_at, cfg.transfer, source)
+    values = judgement.val_scores(decoder.targets, said, val.cache)
+    if path := run.among_best(state, values["val_loss"], cfg.keep):
+        save_model(path, decoder, meta | {"step": state["step"]})
+    decoder.train()
+    return values
+
+
 def inference_of(cfg: Config, decoder: Decoder, dtype: str) -> Inference:
     """The model as it is evaluated."""
     return Inference(decoder, dtype, channels_of(cfg), cfg.micro, cfg.seed, cfg.stretch_s)
@@ -526,33 +517,7 @@ def finish(
         "examples": {name: len(e) for name, e in examples.items()}, "parameters": sum(p.numel() for p in inference.decoder.parameters()),
         "windows_per_s": median_speed(lines),
     }  # fmt: skip
-    return leave(cfg, run, inference, score, ways, said, results), ways
-
-
-def leave(
-    cfg: Config, run: Run, inference: Inference, examples: Examples, ways: dict, said: judgement.Said | None, results: dict
-) -> dict:  # fmt: skip
-    """Write scores, predictions or events, and the report of a run; the results with all of it."""
-    cache, targets, folder = examples.cache, inference.decoder.targets, run.directory
-    table = judgement.tabulate(targets, ways, cache, 1 / cfg.stretch_s, cfg.resamples)
-    judgement.write_scores(folder / "scores.json", table)
-    results |= judgement.summary(targets, table)
-    results |= {"scores": str(folder / "scores.json"), "report": str(folder / "report.html")}
-    if said is None:
-        results["events"] = str(folder / "events")
-        judgement.write_events(folder / "events", *ways[SEIZURE]["model"], cache, 1 / cfg.stretch_s)
-    else:
-        results["predictions"] = str(folder / "predictions.csv")
-        write_atomic(folder / "predictions.csv", judgement.predictions_csv(targets, said, cache).encode())
-    explained = {}
-    if cfg.occlusion_windows:
-        explained["sites"], explained["bands"] = occlusion.occlude(inference, examples, cfg.occlusion_windows)
-    if cfg.autopsy:
-        results["autopsy"] = explained["autopsy"] = autopsy.dissect(inference, examples, cfg.occlusion_windows)
-        results["worst"] = explained["worst"] = autopsy.worst_windows(inference, examples)
-    results["seconds"] = round(run.seconds(), 1)
-    score_report.write(run, asdict(cfg), targets, cache, ways, table, results, explained)
-    return results
+    return score_report.leave(run, asdict(cfg), inference, score, ways, said, results), ways
 
 
 # ----------------------------------------------------------------------------
@@ -585,7 +550,7 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
             "subjects": len(set(subjects)), "recordings": len(rows), "transfer": transfer, "detection": meta["detection"],
             "windows_per_s": round(len(score) / max(run.seconds(), 1e-9), 1),
         }  # fmt: skip
-        results = leave(cfg, run, inference, score, ways, said, results)
+        results = score_report.leave(run, asdict(cfg), inference, score, ways, said, results)
     run.close()
     return results
 
@@ -620,14 +585,11 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
         done.append({k: last[k] for k in ("run", "chosen_step", "metrics", "detection")})
         targets = load_model(last["model"])[0].targets
         judgement.pool(pooled, ways, targets)
-    table = judgement.tabulate(targets, pooled, cache, 1 / cfg.stretch_s, cfg.resamples)
-    judgement.write_scores(run.directory / "scores.json", table)
     results = {
         "run": str(run.directory), "step": last["step"], "folds": done, "scored": f"{cfg.folds} folds over subjects of train and val",
-        **judgement.summary(targets, table), "windows_per_s": last["windows_per_s"], "seconds": round(run.seconds(), 1),
-        "scores": str(run.directory / "scores.json"), "report": str(run.directory / "report.html"),
+        "windows_per_s": last["windows_per_s"],
     }  # fmt: skip
-    score_report.write(run, asdict(cfg), targets, cache, pooled, table, results, {})
+    results = score_report.tell(run, asdict(cfg), targets, cache, pooled, results)
     run.close()
     return results
 
@@ -673,19 +635,16 @@ def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
         run.say(f"THE TEST SPLIT IS OPEN: {len(rows)} recordings; choose nothing by what it says")
         run.log(0, event="test_opened", model=cfg.evaluate)
     inference = inference_of(cfg, decoder.to(ranks.device), "float32")
-    how, target = (cfg.shots, cfg.episodes, cfg.seed, cfg.resamples), targets[0]
-    scored = shots.score(inference, examples, ids, *how)
-    if scored is None:
+    told = shots.score(inference, examples, ids, cfg.shots, cfg.episodes, cfg.seed, cfg.resamples)
+    if told is None:
         raise Unusable(
-            f"--shots {cfg.shots}: the {split} split has too few windows or subjects per class of {target.name}"
+            f"--shots {cfg.shots}: the {split} split has too few windows or subjects per class of {targets[0].name}"
         )
-    name = f"{target.name}_{cfg.shots}_shots_balanced_accuracy"
-    run.log(0, **{name if way == "model" else f"{name}_{way}": value for way, (value, _, _) in scored.items()})
-    own = scored.pop("model")
+    beside = {f"{n}_{way}": v[0] for way, of in told["baselines"].items() if way != "constant" for n, v in of.items()}
+    run.log(0, **told["metrics"], **beside)
     results = {
-        "run": str(run.directory), "step": 0, "metrics": {name: own[0]}, "intervals": {name: own[1]}, "episode_intervals": {name: own[2]},
-        "baselines": {way: {name: (value, *of_subjects)} for way, (value, of_subjects, _) in scored.items()} | {"constant": {name: 1 / len(target.classes)}},
-        "scored": split, "episodes": cfg.episodes, "windows_per_s": len(ids) / run.seconds(), "seconds": round(run.seconds(), 1),
+        "run": str(run.directory), "step": 0, **told, "scored": split, "episodes": cfg.episodes,
+        "windows_per_s": len(ids) / run.seconds(), "seconds": round(run.seconds(), 1),
     }  # fmt: skip
     run.close()
     return results

@@ -4,21 +4,66 @@ The page about a decoder's scores: beside baselines, window by window, by subjec
 
 import json
 import math
+from collections.abc import Sequence
 
+from lib import autopsy, judgement, occlusion
 from lib.cache import Cache
 from lib.command import json_line
+from lib.inference import Inference
+from lib.judgement import Said
 from lib.run import Run
-from lib.targets import Target
+from lib.store import write_atomic
+from lib.targets import Examples, Target
 from lib.windows import SEIZURE
 
 
+def leave(
+    run: Run, flags: dict, inference: Inference, examples: Examples, ways: dict[str, dict], said: Said | None, results: dict
+) -> dict:  # fmt: skip
+    """
+    What a run leaves of a model's examples: predictions or events, scores, report; `results` with all of it.
+
+    `ways` and `said` are those of lib/evaluation.py's `compare`; for the rest see `tell`.
+    """
+    cache, targets, folder, explained = examples.cache, inference.decoder.targets, run.directory, {}
+    if said is None:
+        results["events"] = str(folder / "events")
+        judgement.write_events(folder / "events", *ways[SEIZURE]["model"], cache, 1 / inference.stretch_s)
+    else:
+        results["predictions"] = str(folder / "predictions.csv")
+        write_atomic(folder / "predictions.csv", judgement.predictions_csv(targets, said, cache).encode())
+    if most := flags["occlusion_windows"]:
+        explained["sites"], explained["bands"] = occlusion.occlude(inference, examples, most)
+    if flags["autopsy"]:
+        results["autopsy"] = explained["autopsy"] = autopsy.dissect(inference, examples, most)
+        results["worst"] = explained["worst"] = autopsy.worst_windows(inference, examples)
+    return tell(run, flags, targets, cache, ways, results, explained)
+
+
+def tell(
+    run: Run, flags: dict, targets: Sequence[Target], cache: Cache, ways: dict[str, dict], results: dict, explained: dict | None = None
+) -> dict:  # fmt: skip
+    """
+    Write scores.json and report.html of a run; `results` with the scores.
+
+    `flags` are those of train_supervised.py, `ways` as in lib/judgement.py; `results` says what was `scored`, and has the threshold of
+    seizures in `detection`, or in that of each of its `folds`; `explained` is as in `write`.
+    """
+    table = judgement.tabulate(targets, ways, cache, 1 / flags["stretch_s"], flags["resamples"])
+    scores = run.directory / "scores.json"
+    judgement.write_scores(scores, table)
+    results |= judgement.summary(targets, table)
+    results |= {"scores": str(scores), "report": str(run.directory / "report.html"), "seconds": round(run.seconds(), 1)}
+    write(run, flags, targets, cache, ways, table, results, explained or {})
+    return results
+
+
 def write(
-    run: Run, flags: dict, targets: list[Target], cache: Cache, ways: dict[str, dict], table: list[dict], results: dict, explained: dict
+    run: Run, flags: dict, targets: Sequence[Target], cache: Cache, ways: dict[str, dict], table: list[dict], results: dict, explained: dict
 ) -> None:  # fmt: skip
     """
-    report.html of a run.
+    report.html of a run, with its `table` of scores.
 
-    `ways` and `table` are as in lib/judgement.py; `results` says what was `scored`, and has the threshold of seizures in `detection`, or in that of each of its `folds`;
     `explained` has `sites` and `bands` of lib/occlusion.py, `autopsy` and `worst` of lib/autopsy.py, as far as they were asked for.
     """
     from lib import report  # here, as it brings matplotlib, which takes a second

@@ -115,9 +115,13 @@ def _balanced(right_SN: np.ndarray, all_SN: np.ndarray) -> dict[str, float]:
 
 def score(
     inference: Inference, examples: Examples, ids: np.ndarray, shots: int, episodes: int, seed: int, resamples: int
-) -> dict[str, tuple[float, tuple[float, float], tuple[float, float]]] | None:
-    """`few_shot` of examples of one target of classes by the model's features and, where there are common sites, by band power."""
-    cache = examples.cache
+) -> dict[str, dict] | None:
+    """
+    `few_shot` of examples of one target of classes by the model's features and, where there are common sites, by band power.
+
+    Named and ordered as in lib/judgement.py's `summary`, with `episode_intervals`; None where no episode can be drawn.
+    """
+    cache, (target,) = examples.cache, examples.targets
     z_BX, y_BK = inference.features(examples, ids)
     row_B, start_B = examples.locate(ids)
     sites = classical.Sites.of(cache, np.unique(row_B).tolist())
@@ -126,4 +130,14 @@ def score(
         ways["band_power"] = classical.described("band_power", sites, cache, row_B, start_B, examples.samples)
     subject_B = np.array([cache.recordings[i].subject for i in row_B])
     span_B3 = np.stack([row_B, start_B, start_B + examples.samples], 1)
-    return few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, shots, episodes, seed, resamples)
+    scored = few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, shots, episodes, seed, resamples)
+    if scored is None:
+        return None
+    name, (value, of_subjects, of_episodes) = f"{target.name}_{shots}_shots_balanced_accuracy", scored.pop("model")
+    baselines = {way: {name: [v, *interval]} for way, (v, interval, _) in scored.items()}
+    return {
+        "metrics": {name: value},
+        "intervals": {name: of_subjects},
+        "episode_intervals": {name: of_episodes},
+        "baselines": baselines | {"constant": {name: 1 / len(target.classes)}},
+    }
