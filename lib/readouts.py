@@ -159,11 +159,7 @@ class Readout(nn.Module):
 
 
 class Decoder(nn.Module):
-    """
-    Encoder, readout and a linear head per target, on features standardised by the buffers `centre_X` and `spread_X`.
-
-    These are 0 and 1 unless a probe fitted the heads, or training measured them for the sake of --transfer.
-    """
+    """Encoder, readout and a linear head per target."""
 
     def __init__(self, encoder: nn.Module, reading: Reading, targets: Sequence[Target]):
         super().__init__()
@@ -175,12 +171,11 @@ class Decoder(nn.Module):
         for head in self.heads:  # the first guess is the mean, or all classes alike
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.register_buffer("centre_X", torch.zeros(self.readout.width))
-        self.register_buffer("spread_X", torch.ones(self.readout.width))
+        self.register_load_state_dict_pre_hook(_drop_scaling)
 
     def features(self, part: Part) -> torch.Tensor:
         """What the heads see: (B, X), or (B, P, X) with stretches."""
-        return (self.readout(self.encoder, part) - self.centre_X) / self.spread_X
+        return self.readout(self.encoder, part)
 
     def read(self, z_BX: torch.Tensor) -> list[torch.Tensor]:
         """Per target standardised numbers (B, 1) or logits (B, classes); with stretches logits (B, S) of a seizure."""
@@ -218,6 +213,13 @@ class Decoder(nn.Module):
         return [
             o.float().softmax(1) if t.classes else t.decode(o.double()) for t, o in zip(self.targets, out, strict=True)
         ]
+
+
+def _drop_scaling(decoder: Decoder, state: dict, prefix: str, *_) -> None:
+    """Older files scale features, by 0 and 1; one that scales them otherwise is refused for holding more than it should."""
+    for name, nothing in (("centre_X", 0.0), ("spread_X", 1.0)):
+        if f"{prefix}{name}" in state and (state[f"{prefix}{name}"] == nothing).all():
+            del state[f"{prefix}{name}"]
 
 
 def save_model(path: str | Path, decoder: Decoder, meta: dict, more: dict[str, torch.Tensor] | None = None) -> None:

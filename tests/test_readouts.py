@@ -164,6 +164,19 @@ def test_coral_is_the_whole_covariance_where_it_has_few_directions(width):
         assert np.abs(Domain.of(z_BX).shaped(z_BX, exponent) - whole_BX).max() < 1e-3 * np.abs(whole_BX).max()
 
 
+def test_older_files_scale_features_by_nothing_or_are_refused(tmp_path):
+    decoder, path = decoder_of("mean"), tmp_path / "old.safetensors"
+    for spread, loads in ((1.0, True), (2.0, False)):
+        scaling = {"model.centre_X": torch.zeros(32), "model.spread_X": torch.full((32,), spread)}
+        save_model(path, decoder, META, scaling)
+        if loads:
+            again = load_model(path)[0].state_dict()
+            assert "centre_X" not in again and torch.equal(again["heads.0.weight"], decoder.heads[0].weight)
+        else:
+            with pytest.raises(Unusable, match="another version .*spread_X"):
+                load_model(path)
+
+
 def test_a_model_of_zero_phase_signals_is_not_evaluated_on_causal_ones(tmp_path):
     save_model(tmp_path / "m.safetensors", decoder_of("mean"), META | {"signal": {"causal": False}, "unit": "uV"})
     load_model(tmp_path / "m.safetensors", SimpleNamespace(signal={"causal": False}, unit="uV"))
