@@ -383,7 +383,7 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     val_at = val_ids(cfg, val) if ranks.first else np.empty(0, np.int64)
     inference = inference_of(cfg, decoder, state["dtype"])
 
-    if state["step"] == 0 and mode != "probe" and not state["best"]:
+    if run.fresh and mode != "probe":
         if cfg.fitted_head and not train.coverage:
             decoder.eval()
             fit_heads(inference, train, FITTED, cfg.transfer, offsets)
