@@ -290,6 +290,19 @@ def parameter_groups(cfg: Config, decoder: Decoder, weights: TaskWeights, mode: 
     return groups
 
 
+def weights_of(cfg: Config, targets: list[Target]) -> list[float]:
+    """What each target's loss counts, by --task-weights. Raises Unusable."""
+    try:
+        wanted = {name: float(w) for name, _, w in (word.partition("=") for word in cfg.task_weights)}
+    except ValueError:
+        raise Unusable(f"--task-weights {' '.join(cfg.task_weights)}: expected TARGET=NUMBER, as in age=0.3") from None
+    if odd := [name for name, w in wanted.items() if not 0 < w < math.inf]:
+        raise Unusable(f"--task-weights {odd[0]}={wanted[odd[0]]:g}: expected a number above 0")
+    if unknown := sorted(set(wanted) - {t.name for t in targets}):
+        raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
+    return [wanted.get(t.name, 1.0) for t in targets]
+
+
 def val_ids(cfg: Config, val: Examples) -> np.ndarray:
     """Examples that the model is chosen by: spread evenly, and as many around seizures where they are the target."""
     ids = val.even(cfg.val_windows)
@@ -307,6 +320,25 @@ def initial_encoder(cfg: Config, cache: Cache) -> tuple[nn.Module, list[dict]]:
     """The encoder to start from and the lineage of its file. Raises Unusable."""
     sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries, cfg.relations)
     return start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
+
+
+def watch(
+    cfg: Config, run: Run, state: dict, inference: Inference, train: Examples, val: Examples, val_at: np.ndarray, meta: dict
+) -> dict[str, float]:  # fmt: skip
+    """What the log says of examples `val_at` of val; the model is kept if it is among the best."""
+    decoder = inference.decoder.eval()
+    source = None if cfg.transfer == "none" else evaluation.domain_of(inference, train)
+    said = inference.predict(val, val_at, cfg.transfer, source)
+    values = judgement.val_scores(decoder.targets, said, val.cache)
+    if path := run.among_best(state, values["val_loss"], cfg.keep):
+        save_model(path, decoder, meta | {"step": state["step"]})
+    decoder.train()
+    return values
+
+
+def inference_of(cfg: Config, decoder: Decoder, dtype: str) -> Inference:
+    """The model as it is evaluated."""
+    return Inference(decoder, dtype, channels_of(cfg), cfg.micro, cfg.seed, cfg.stretch_s)
 
 
 def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> tuple[dict | None, dict | None]:
@@ -333,17 +365,9 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     sampler, share = choose_sampler(cfg, train), ranks.share(cfg.batch)
     if train.coverage and not len(np.concatenate(val.windows.seizure_ids())):
         raise Unusable("--target seizure: the val split has no seizure, and a threshold can't be chosen without one")
-    steps = cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
-    steps = 0 if mode == "probe" else steps
+    steps = 0 if mode == "probe" else cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
     warmup = max(1, round(cfg.warmup * steps))
-    try:
-        wanted = {name: float(w) for name, _, w in (word.partition("=") for word in cfg.task_weights)}
-    except ValueError:
-        raise Unusable(f"--task-weights {' '.join(cfg.task_weights)}: expected TARGET=NUMBER, as in age=0.3") from None
-    if odd := [name for name, w in wanted.items() if not 0 < w < math.inf]:
-        raise Unusable(f"--task-weights {odd[0]}={wanted[odd[0]]:g}: expected a number above 0")
-    if unknown := sorted(set(wanted) - {t.name for t in targets}):
-        raise Unusable(f"--task-weights {unknown[0]}: no such target; there are: {', '.join(t.name for t in targets)}")
+    weights = TaskWeights(weights_of(cfg, targets), cfg.balance == "uncertainty").to(device)
 
     def draw(step: int, who: np.ndarray, micro: int, move_s: float = 0.0) -> tuple[list[Piece], np.ndarray]:
         """Examples `who` of a step's batch, and how many of the whole batch have a value, per target."""
@@ -362,21 +386,18 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
             encoder.embed.samples.weight *= waveform_factor(cfg.waveform, "challenge1" in cfg.target, lineage)
     decoder = Decoder(encoder, reading, targets).to(device).train()
     offsets = Offsets([cache.recordings[i].subject for i in rows["train"]], decoder.readout.width).to(device)
-    weights = TaskWeights([wanted.get(t.name, 1.0) for t in targets], cfg.balance == "uncertainty").to(device)
     modules = {"decoder": decoder, "weights": weights, "offsets": offsets}
     optimizer = torch.optim.AdamW(parameter_groups(cfg, decoder, weights, mode, max(1, steps)), lr=cfg.lr, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {"step": 0, "dtype": None, "recent": [], "best": []} | recovery.fresh(cfg.micro)
+    state = {"step": 0, "dtype": "float32" if mode == "probe" else None, "recent": [], "best": []} | recovery.fresh(
+        cfg.micro
+    )
     if cfg.resume:
         state |= run.restore(modules, optimizer)
     if not state["dtype"]:
         some = share if device.type == "cuda" else share[:16]
         piece = draw(0, some, cfg.micro)[0][0].to(device)
-        state["dtype"] = (
-            "float32"
-            if mode == "probe"
-            else choose_dtype(cfg.dtype, lambda d: d.loss(d(piece.part), piece.y), (decoder,), ranks)
-        )
+        state["dtype"] = choose_dtype(cfg.dtype, lambda d: d.loss(d(piece.part), piece.y), (decoder,), ranks)
     meta = signal_meta(cache) | trained_on(cache, rows["train"]) | {"run": run.name, "lineage": lineage, "mode": mode}
     meta |= {"window_s": window_s, "stride_s": stride_s, "event_s": cfg.event_s, "stretch_s": cfg.stretch_s}
     meta |= {"max_channels": channels_of(cfg), "seed": cfg.seed, "where": list(cfg.where), "transfer": cfg.transfer}
@@ -476,25 +497,6 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         results, ways = finish(cfg, run, inference, examples, rows, state, meta | {"step": chosen})
     run.close()
     return results, ways
-
-
-def watch(
-    cfg: Config, run: Run, state: dict, inference: Inference, train: Examples, val: Examples, val_at: np.ndarray, meta: dict
-) -> dict[str, float]:  # fmt: skip
-    """What the log says of examples `val_at` of val; the model is kept if it is among the best."""
-    decoder = inference.decoder.eval()
-    source = None if cfg.transfer == "none" else evaluation.domain_of(inference, train)
-    said = inference.predict(val, val_at, cfg.transfer, source)
-    values = judgement.val_scores(decoder.targets, said, val.cache)
-    if path := run.among_best(state, values["val_loss"], cfg.keep):
-        save_model(path, decoder, meta | {"step": state["step"]})
-    decoder.train()
-    return values
-
-
-def inference_of(cfg: Config, decoder: Decoder, dtype: str) -> Inference:
-    """The model as it is evaluated."""
-    return Inference(decoder, dtype, channels_of(cfg), cfg.micro, cfg.seed, cfg.stretch_s)
 
 
 def finish(
