@@ -283,10 +283,11 @@ def parameter_groups(cfg: Config, decoder: Decoder, weights: TaskWeights, mode: 
     """
     head, tuned = nn.ModuleList([decoder.readout, decoder.heads, weights]), mode == "finetune"
     groups = layer_groups(decoder.encoder, head, cfg.lr_decay if tuned else 1.0, cfg.weight_decay)
-    deepest = max((group["depth"] or 0) for group in groups)
+    deepest = max((group["depth"] for group in groups if group["depth"]), default=1)
     for group in groups:
-        share = cfg.head_warmup + cfg.unfreeze * (group["depth"] or 0) / max(1, deepest)
-        group["joins"] = round(steps * share) if tuned and group["depth"] is not None else 0
+        group["joins"] = 0
+        if tuned and group["depth"] is not None:
+            group["joins"] = round(steps * (cfg.head_warmup + cfg.unfreeze * group["depth"] / deepest))
     return groups
 
 
