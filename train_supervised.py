@@ -390,9 +390,8 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     modules = {"decoder": decoder, "weights": weights, "offsets": offsets}
     optimizer = torch.optim.AdamW(parameter_groups(cfg, decoder, weights, mode, max(1, steps)), lr=cfg.lr, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {"step": 0, "dtype": "float32" if mode == "probe" else None, "recent": [], "best": []} | recovery.fresh(
-        cfg.micro
-    )
+    dtype = "float32" if mode == "probe" else None  # None: to be chosen
+    state = {"step": 0, "dtype": dtype, "recent": [], "best": []} | recovery.fresh(cfg.micro)
     if cfg.resume:
         state |= run.restore(modules, optimizer)
     if not state["dtype"]:
