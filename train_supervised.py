@@ -124,7 +124,7 @@ class Config(RunConfig):
     transfer: Transfer = "none"  # move features of other people or data sets to the training data's, without labels
     folds: int = 0  # cross-validation over the subjects of train and val, in so many folds
     shots: int = 0  # few-shot: prototypes of so many windows per class instead of training, with --init or --evaluate
-    episodes: int = 300  # of --shots
+    episodes: int = 600  # of --shots
     val_windows: int = 512  # examples of the val split to choose the model by
     baseline_windows: int = 2000  # examples that the classical baselines are fitted on; 0: no baselines
     resamples: int = 300  # of the subjects, for intervals
