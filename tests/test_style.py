@@ -81,6 +81,21 @@ def test_every_command_in_the_docs_parses(page):
                 assert command.parse(config, flags, "", presets), line
 
 
+@pytest.mark.parametrize("script", ["build_cache", "serve_realtime", *PHASES])
+def test_help_says_what_every_flag_is(script, capsys):
+    from lib import command
+
+    config = importlib.import_module(script).Config
+    with pytest.raises(SystemExit):
+        command.parse(config, ["--help"])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    text = " ".join(line.strip(" │|") for line in text.splitlines())
+    flags = re.findall(r" --([a-z-]+)(?:, --no-[a-z-]+| \S+|(?: \[.*?\]\])|(?: \{.*?\}\]*)+) (.*?)\(default:", text)
+    assert len(flags) > 20
+    for name, help in flags:
+        assert help.strip() and help.split()[-1] not in ("what", "objective", "network"), name  # a section's comment
+
+
 def test_ci_runs_the_readmes_two_commands():
     blocks = re.findall(r"^```bash\n(.+?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert "python build_cache.py && python train_jepa.py" in blocks[0]
