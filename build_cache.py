@@ -45,18 +45,12 @@ class Config:
     action: Literal["build", "verify", "status", "gc"] = "build"  # gc deletes what no manifest refers to
     # signal path: any change here is another signal hash, so that caches never mix
     rate_hz: float | None = None  # sampling rate of the cache; none: 100 for EEG, the native rate for vibration
-    band_hz: Literal["auto", "none"] | tuple[float, float] = (
-        "auto"  # pass band; auto: 0.5 45 for EEG, none for vibration
-    )
+    band_hz: Literal["auto", "none"] | tuple[float, float] = "auto"  # pass band; auto: 0.5 45 for EEG, else none
     notch_hz: Literal["none"] | tuple[float, ...] = "none"  # line frequencies to remove, e.g. 50 100
-    envelope_hz: Literal["none"] | tuple[float, float] = (
-        "none"  # keep the envelope of this band of the source instead of the signal: what tells a bearing's faults apart
-    )
+    envelope_hz: Literal["none"] | tuple[float, float] = "none"  # keep the envelope of this band, not the signal
     reference: str = "average"  # average, none, or electrodes such as Cz or A1,A2; vibration is never re-referenced
     channels: str = "all"  # all, tuh21, tuh19, hbn128, or names such as C3,Cz,C4
-    missing: Literal["auto", "reject", "interpolate", "mask"] = (
-        "auto"  # electrodes a profile wants and a file lacks; auto: the profile's
-    )
+    missing: Literal["auto", "reject", "interpolate", "mask"] = "auto"  # electrodes a file lacks; auto: the profile's
     scale: Literal["robust", "zscore", "none"] = "robust"  # per recording and channel; microvolts stay recoverable
     causal: bool = False  # the filter that serve_realtime.py runs, instead of the zero-phase one
     engine: Literal["fft", "mne"] = "fft"  # mne: MNE's own filter and resample, slower, as a cross-check

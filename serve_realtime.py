@@ -40,12 +40,12 @@ from lib.peers import Bucket, Peer
 from lib.session import Fit, Model, NoModel, Outcome, Predict, Session, predict, refit, warm
 from lib.vitals import HIGH_BUDGET, Vitals, health, live_line
 
+Action = Literal["serve", "fit", "client", "replay", "lsl", "amplifier"]
+
 
 @dataclass(frozen=True)
 class Config:
-    action: Literal["serve", "fit", "client", "replay", "lsl", "amplifier"] = (
-        "serve"  # fit makes a model of a cache, client prints what a service sends; the others are what serve starts by itself
-    )
+    action: Action = "serve"  # fit: a model of a cache; client: print what is served; else what serve starts itself
     # in and out
     listen: str = "127.0.0.1:7373"  # HOST:PORT for producers, consumers and control; port 0 means any
     connect: tuple[str, ...] = ()  # servers HOST:PORT to send predictions to; retried for ever
@@ -65,9 +65,7 @@ class Config:
     partial_fit: int = 10  # windows that don't overlap per partial fit; 0: none
     collect_s: float = 300.0  # most that is kept of each group of windows, s; and at most 32 MiB
     sync: bool = False  # predict and fit inline: the same predictions, to the bit, however the samples came in
-    save: Path | None = (
-        None  # folder for the pipeline as fitted: by --action fit, or in a session, at its end and when control asks
-    )
+    save: Path | None = None  # folder for the pipeline: of --action fit; of a session, at its end or when asked
     # session
     states: Path | None = None  # TOML that replaces the table of states; docs/realtime.md has the default
     start: str = "auto"  # state that a stream begins in; auto: INFERENCE with --replay or --amplifier, else the table's

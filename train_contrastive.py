@@ -73,9 +73,7 @@ class Config(RunConfig):
     window_s: float = 4.0  # length of a window, s
     stride_s: float = 2.0  # from one anchor to the next in an epoch, s; each is moved by up to that much
     max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
-    align: Align = (
-        "auto"  # channels uncorrelated on average over a subject, recording or window; auto: as --init, else none
-    )
+    align: Align = "auto"  # take off what channels share over a subject, recording, window; auto: as --init, else none
     batch: int = 32  # pairs per step, over all ranks
     micro: int = 0  # windows per forward pass on one device; 0: all of a montage, kept until the loss is known
     steps: int | None = 400  # optimizer steps; none: from --epochs
@@ -107,9 +105,7 @@ class Config(RunConfig):
     layers: int = 4  # depth
     heads: int = 4  # attention heads
     patch_s: float = 1.0  # length of a token, s
-    waveform: float | None = (
-        None  # factor on raw samples' weights at the start; none: what makes 5 with earlier phases for movies, else 1
-    )
+    waveform: float | None = None  # factor on raw samples at the start; none: 5 in all phases for movies, else 1
     # objective
     loss: Literal["infonce", "ntxent", "supcon", "vicreg"] = "ntxent"  # negatives from the other half, or from both
     temperature: float = 0.1  # of the similarities; where learning starts

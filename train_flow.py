@@ -68,13 +68,9 @@ class Config(RunConfig):
     # instead of training
     sample: int = 0  # windows to generate by --model into the cache --out; 0: train
     judge: int = 0  # samples to hold against held-out windows of --cache (report.html): after training, or of --model
-    open_test: bool = (
-        False  # --judge of --model on the test split's recordings as well: once, when nothing is left to choose
-    )
+    open_test: bool = False  # --judge of --model on the test split, too: once, when nothing is left to choose
     score: bool = False  # how strange --model finds the held-out windows of --cache
-    healthy: str | None = (
-        None  # column=value of recordings that aren't, for --score; none: there are no others to tell apart
-    )
+    healthy: str | None = None  # column=value of usual recordings, for --score; none: there are no others to tell apart
     score_windows: int = 400  # of each of the healthy and the held-out ones
     model: str | None = None  # model.safetensors of a run, for --sample and --score
     out: str = "cache/generated"  # directory for --sample
@@ -87,9 +83,7 @@ class Config(RunConfig):
     cache: tuple[str, ...] = ("cache/demo",)  # directories written by build_cache.py; rates and units may differ
     window: int = 1024  # samples of a window, whatever the rate
     stride: int = 512  # samples from one window's start to the next
-    hold_out: Literal["subject", "time"] = (
-        "subject"  # what validation is on: the val split, or the end of each recording
-    )
+    hold_out: Literal["subject", "time"] = "subject"  # validation: the val split, or the end of each recording
     train_share: float = 0.6  # of every recording's time, if that is held out
     max_channels: int = 8  # channels of a training window, drawn anew each time, for speed; 0: all
     batch: int = 32  # windows per step, over all ranks
@@ -112,14 +106,10 @@ class Config(RunConfig):
     predict: Literal["preconditioned", "v", "x1"] = "preconditioned"  # what the network's output means
     times: Literal["logit-normal", "uniform", "ends"] = "logit-normal"  # where on the path it is trained
     uniform_share: float = 0.1  # of these times that are uniform all the same
-    reflow: str | None = (
-        None  # model.safetensors whose own pairs of noise and sample are learned, for fewer evaluations
-    )
+    reflow: str | None = None  # model.safetensors whose pairs of noise and sample are learned, for fewer evaluations
     pairs: int = 4096  # of them
     # network
-    share: Literal["trunk", "cond", "repa", "none"] = (
-        "trunk"  # the encoder: its blocks are used, looked at, imitated, or not
-    )
+    share: Literal["trunk", "cond", "repa", "none"] = "trunk"  # the encoder's blocks: used, looked at, imitated, or not
     init: str | None = None  # encoder.safetensors to start from; its architecture replaces the four flags below
     encoder: Literal["transformer", "mamba", "fno", "hybrid"] = "transformer"  # what mixes the tokens
     d_model: int = 64  # width of tokens

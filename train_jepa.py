@@ -49,6 +49,7 @@ from lib.traits import AuxiliaryHeads, Trait, known_labels, read_traits, save_he
 from lib.windows import Windows
 
 Sampling = Literal["uniform", "subject", "seizure"]
+Prediction = Literal["prelocal", "postlocal", "contextual"]
 Kind = Literal["random", "spatial", "temporal", "spatiotemporal"]
 RESTART_EPOCHS = 10  # of the first cosine of --schedule restarts; each is twice as long as the one before
 EVAL_STEP = 2**31 - 1  # the "step" whose random numbers draw the masks of the validation windows
@@ -61,9 +62,7 @@ class Config(RunConfig):
     window_s: float = 4.0  # length of a window, s
     stride_s: float = 2.0  # from one window's start to the next, s
     max_channels: int = 24  # channels of a window, drawn anew each time, for speed; 0: all
-    align: Align = (
-        "auto"  # channels uncorrelated on average over a subject, recording or window; auto: as --init, else none
-    )
+    align: Align = "auto"  # take off what channels share over a subject, recording, window; auto: as --init, else none
     sampler: Sampling = "uniform"  # over windows, over subjects, or balanced for seizures
     dataset_weights: tuple[str, ...] = ()  # shares of the data sets instead, as in: tuh=0.3 hbn=0.7
     batch: int = 64  # windows per step, over all ranks
@@ -82,19 +81,13 @@ class Config(RunConfig):
     waveform: float = 1.0  # factor on raw samples' weights at the start; 5 keeps what a movie or a stimulus evokes
     init: str | None = None  # encoder.safetensors to start from; its architecture replaces the flags above
     # objective
-    mask: Kind = (
-        "spatiotemporal"  # random: single tokens; others: blocks of electrodes within a radius, patches, or both
-    )
+    mask: Kind = "spatiotemporal"  # random: single tokens; else blocks of electrodes in a radius, patches, or both
     mask_ratio: float = 0.6  # share of tokens to predict, met exactly
     mask_radius_m: float = 0.09  # of a block, around its central electrode
     mask_patches: int = 2  # patches that a block lasts
-    predictor: Literal["prelocal", "postlocal", "contextual"] = (
-        "prelocal"  # targets attend to the context; then also to each other; and to a summary of the window
-    )
+    predictor: Prediction = "prelocal"  # targets attend to the context; then to each other, too; or to a summary
     predictor_layers: int = 2  # depth of the predictor, half as wide as the encoder
-    visible: float = (
-        0.33  # weight of the same loss on visible tokens, told from themselves: features keep what tokens show
-    )
+    visible: float = 0.33  # weight of the same loss on visible tokens, told from themselves: features keep them
     ema: float = 0.996  # teacher's momentum at the first step, raised linearly to 1
     aux: tuple[str, ...] = ()  # columns to predict beside, as in: age sex p_factor; they can't be evaluated on then
     aux_weight: float = 0.45  # of their mean loss
@@ -105,9 +98,7 @@ class Config(RunConfig):
     # optimizer
     lr: float = 1e-3  # peak of AdamW's learning rate; small models need more
     weight_decay: float = 0.05  # of weight matrices
-    schedule: Literal["cosine", "restarts"] = (
-        "cosine"  # once down to 0, or after 10, 20, 40 … epochs from the peak again
-    )
+    schedule: Literal["cosine", "restarts"] = "cosine"  # once down to 0, or anew after 10, 20, 40 … epochs
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0  # largest gradient norm
     # evaluation

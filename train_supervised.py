@@ -54,22 +54,18 @@ from lib.windows import SEIZURE
 
 FITTED = 4096  # windows that the heads are fitted on before training
 
+Readout = Literal["auto", "mean", "sites", "attention", "prelocal", "postlocal", "contextual", "latency"]
+
 
 @dataclass(frozen=True)
 class Config(RunConfig):
     # what
-    target: tuple[str, ...] = (
-        "challenge1",
-    )  # challenge1, challenge2, seizure, columns, event labels (A+B: which of them)
+    target: tuple[str, ...] = ("challenge1",)  # or challenge2, seizure, columns, event labels (A+B: which of them)
     mode: Literal["auto", "scratch", "probe", "finetune"] = "auto"  # auto: finetune with --init, else scratch
-    readout: Literal["auto", "mean", "sites", "attention", "prelocal", "postlocal", "contextual", "latency"] = (
-        "auto"  # from tokens to features (lib/readouts.py); auto: latency for times, contextual after other events, attention for seizures, else sites
-    )
+    readout: Readout = "auto"  # auto: latency for times, contextual for events, attention for seizures, else sites
     fitted_head: bool = True  # training starts from the heads that a probe would fit; not for seizures
     filters: int = 8  # spatial filters of a readout, or means of `attention`
-    score_by: Literal["auto", "window", "subject"] = (
-        "auto"  # what one score is of; auto: subject, where a label is constant in each
-    )
+    score_by: Literal["auto", "window", "subject"] = "auto"  # of what; auto: subject where it has one label
     after_s: float = 0.0  # from an event to its window, s (challenge1 has its own)
     event_s: float = 0.0  # duration of events that have none, s
     stretch_s: float = 0.25  # of a seizure's probability, s
@@ -78,12 +74,8 @@ class Config(RunConfig):
     where: tuple[str, ...] = ()  # only recordings with these values, as in: task=RestingState run=03+07
     window_s: float | None = None  # length of a window, s; none: 2 for the challenge, 16 for seizures, else 4
     stride_s: float | None = None  # from one window's start to the next, s; none: half a window
-    max_channels: int | None = (
-        None  # channels of a window, drawn anew each time, for speed; 0: all; none: all for challenge1, else 24
-    )
-    align: Align = (
-        "auto"  # channels uncorrelated on average over a subject, recording or window; auto: as --init, else none
-    )
+    max_channels: int | None = None  # of a window, drawn anew each time; 0: all; none: all for challenge1, else 24
+    align: Align = "auto"  # take off what channels share over a subject, recording, window; auto: as --init, else none
     sampler: Literal["uniform", "subject"] = "uniform"  # over windows or subjects; seizures have their own, balanced
     batch: int = 32  # windows per step, over all ranks
     micro: int = 0  # windows per forward pass on one device, for memory; 0: all of a montage at once
@@ -99,18 +91,12 @@ class Config(RunConfig):
     layers: int = 4  # depth
     heads: int = 4  # attention heads
     patch_s: float = 0.5  # length of a token, s
-    waveform: float | None = (
-        None  # factor on raw samples' weights at the start; none: what makes 5 with earlier phases for challenge1, else 1
-    )
+    waveform: float | None = None  # factor on raw samples at the start; none: 5 in all phases for challenge1, else 1
     # objective
-    move_s: float = (
-        0.3  # training windows of challenge1 are moved by up to so much, and their response times with them, s
-    )
+    move_s: float = 0.3  # windows of challenge1 are moved by up to so many seconds, and their response times with them
     class_weights: bool = True  # every class counts alike, however rare
     task_weights: tuple[str, ...] = ()  # of several targets, as in: challenge1=0.3 challenge2=0.7
-    balance: Literal["fixed", "uncertainty"] = (
-        "fixed"  # weights of several targets: as given, or learned (Kendall 2018)
-    )
+    balance: Literal["fixed", "uncertainty"] = "fixed"  # weights of several targets: as given or learned (Kendall 2018)
     # optimizer
     lr: float = 5e-4  # peak of AdamW's learning rate, of the head and the last layer
     lr_decay: float = 0.75  # from each layer to the one below it, in --mode finetune

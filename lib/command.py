@@ -7,10 +7,8 @@ What every script's command line has in common: flags from a frozen dataclass, p
 Imports no torch and no MNE, so that `--help` and the cache builder start at once.
 """
 
-import ast
 import contextlib
 import dataclasses
-import inspect
 import io
 import itertools
 import json
@@ -18,8 +16,6 @@ import math
 import os
 import re
 import sys
-import textwrap
-import tokenize
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +89,7 @@ def parse(
     """
     An instance of the dataclass `config`: the defaults of the preset named by `--preset` (field `preset`), then the flags.
 
-    Field names become flags and trailing comments their help, by tyro (and `_help_of_wrapped_fields`). `none` stands for None where a field allows it.
+    Field names become flags and trailing comments their help, by tyro, which wants each field on one line. `none` stands for None where a field allows it.
     `saved(cfg)` gives the configuration of the run that `--resume` goes on with: its values are the defaults then, and any other
     value is an error, as is a number that isn't finite: such a configuration is kept as JSON. Raises Unusable for flags that don't
     parse, and SystemExit after `--help`.
@@ -121,7 +117,6 @@ def parse(
 
 def _parse_flags(config: type, args: Sequence[str], doc: str, default: typing.Any) -> typing.Any:
     complaint = io.StringIO()
-    _help_of_wrapped_fields(config)
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(config, args=args, default=default, description=doc)
@@ -129,24 +124,6 @@ def _parse_flags(config: type, args: Sequence[str], doc: str, default: typing.An
         if not e.code:
             raise
         raise Unusable(_unboxed(complaint.getvalue())) from None
-
-
-def _help_of_wrapped_fields(config: type) -> None:
-    """Hand tyro the comments of fields over several lines, where it would find none, or that of a section: ruff wraps long lines."""
-    for owner in (c for c in config.__mro__ if c is not object):
-        try:
-            source = textwrap.dedent(inspect.getsource(owner))
-        except OSError:
-            continue  # made in an interpreter
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign) and node.end_lineno > node.lineno:
-                lines = range(node.lineno, node.end_lineno + 1)
-                text = " ".join(comments[i] for i in lines if i in comments)
-                hint = owner.__annotations__[node.target.id]
-                if text and typing.get_origin(hint) is not typing.Annotated:
-                    owner.__annotations__[node.target.id] = typing.Annotated[hint, tyro.conf.arg(help=text)]
 
 
 def check_finite(cfg: typing.Any) -> None:

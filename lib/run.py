@@ -50,9 +50,7 @@ class RunConfig:
     """Flags of every training script that nobody ablates."""
 
     preset: Literal["mini", "base", "full"] = "mini"  # set of defaults: two cores in minutes, one GPU, several GPUs
-    name: str | None = (
-        None  # of the run below runs/, or its path; none: the phase and the next free number, as in jepa-3
-    )
+    name: str | None = None  # of the run below runs/, or its path; none: the phase and the next number, as in jepa-3
     resume: bool = False  # go on with run --name, or with the newest run of the phase, with that run's own flags
     overwrite: bool = False  # delete the run of that name first
     seed: int = 0  # of weights, batches and masks
