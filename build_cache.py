@@ -621,7 +621,7 @@ def verify(cfg: Config) -> dict:
 
 
 def status(cfg: Config) -> dict:
-    """What is there, complete or not, and how many bytes no manifest refers to."""
+    """What is there, complete or not, which labels it has, and how many bytes no manifest refers to."""
     done = [p for p in map(store.read_part, cfg.cache.glob("*/parts/*.json")) if p]
     results = {
         "cache": str(cfg.cache),
@@ -638,6 +638,7 @@ def status(cfg: Config) -> dict:
         results |= {
             "counts": head["counts"],
             "signal": head["signal"],
+            **manifest.known_labels(cfg.cache),
             "unused_bytes": sum(p.stat().st_size for p in unused(cfg.cache)),
         }
     return results

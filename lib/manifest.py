@@ -284,6 +284,13 @@ def listed_keys(cache: Path) -> set[str]:
     return {r["key"] for r in index} | {q["key"] for q in json.loads((cache / "quarantine.json").read_bytes())}
 
 
+def known_labels(cache: Path) -> dict[str, list[str]]:
+    """What a complete cache has to be told apart: columns of recordings and traits of people, and labels of events."""
+    labels = json.loads((cache / "labels.json").read_bytes())
+    named = [r["columns"] for r in labels["recordings"].values()] + [*labels["participants"].values()]
+    return {"columns": sorted({name for row in named for name in row}), "event_labels": labels["vocabulary"]}
+
+
 def _split_counts(kept, split_of, index, events, vocabulary, rate_hz) -> dict[str, dict]:
     counts = {}
     for split in ("train", "val", "test"):

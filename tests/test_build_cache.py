@@ -97,6 +97,13 @@ def test_moved_cache_and_copies_without_times(small, tmp_path):
     assert {n: b for n, b in contents(tmp_path / "elsewhere").items() if "shards" in n} == shards
 
 
+def test_status_lists_what_can_be_a_target(small):
+    code, result, _ = run("--action", "status", "--cache", small[1])
+    opened = Cache(small[1])
+    assert code == 0 and result["complete"] and {"age", "sex"} <= set(result["columns"]) == set(opened.columns())
+    assert result["event_labels"] == opened.labels() and result["event_labels"]
+
+
 def test_only_what_changed_is_rebuilt(small, tmp_path):
     raw, cache = tmp_path / "raw", tmp_path / "cache"
     shutil.copytree(small[0], raw)
