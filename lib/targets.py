@@ -67,7 +67,8 @@ def parse_word(cache: Cache, word: str) -> tuple[str, str, str, tuple[str, ...]]
     """Name, kind asked for (or ""), source and labels of a target as it is written on the command line. Raises Unusable."""
     name, _, kind = word.rpartition(":")
     name, kind = (name, kind) if kind in KINDS else (word, "")
-    columns = sorted({*cache.columns(), "task"} - NOT_TARGETS)
+    task = {"task"} if any(task is not None for task in cache.column("task")) else set()
+    columns = sorted({*cache.columns(), *task} - NOT_TARGETS)
     known = {"challenge1": ("event", ("stimulus",)), "challenge2": ("column", ("externalizing",))}
     known |= {SEIZURE: (SEIZURE, (SEIZURE,))} | {column: ("column", (column,)) for column in columns}
     source, labels = known.get(name, ("event", tuple(name.split("+"))))

@@ -126,6 +126,13 @@ def test_kind_is_what_the_values_look_like_unless_said(cache):
         read_targets(cache, ["task"], rows(cache, task="Rest"), 200)
 
 
+def test_task_is_a_column_only_where_recordings_have_one(cache):
+    bare = copy(cache)
+    bare.recordings = [replace(r, task="") for r in cache.recordings]
+    with pytest.raises(Unusable, match="no task in .*columns: age"):
+        read_targets(bare, ["task"], rows(cache), 200)
+
+
 def test_events_that_last_hold_windows_side_by_side_and_a_single_label_has_an_opposite(cache):
     (which,) = read_targets(cache, ["eyes_open+eyes_closed"], rows(cache), 150)
     row_N, start_N, values = event_examples(cache, which, rows(cache), 150)
