@@ -5,7 +5,7 @@ Serve predictions in real time: samples and markers in, one JSON object a line o
     python serve_realtime.py --action client --to 127.0.0.1:7373                   # prints each line as it comes
     python serve_realtime.py --models runs/motor --lsl BrainAmp                    # a stream of the lab, in a process of its own
     python serve_realtime.py --models runs/motor --connect 127.0.0.1:8080          # dials out as well, retries for ever
-    python serve_realtime.py --models runs/motor --amplifier --page 127.0.0.1:0    # synthetic EEG, and a page to watch
+    python serve_realtime.py --amplifier --page 127.0.0.1:0                        # no model: synthetic EEG, and a page to watch
     python serve_realtime.py --action fit --cache cache/motor --target task --save runs/motor   # a model for all that
 
 One process: the event loop reads, filters and cuts windows; one thread predicts, one fits copies that then replace what predicts. The

@@ -964,7 +964,7 @@ def test_serving_starts_without_torch_mne_and_scipy_signal():
 async def test_the_client_of_the_docs_works():
     (program,) = re.findall(r"^```python\n(.+?)^```", (ROOT / "docs" / "realtime.md").read_text(), re.M | re.S)
     assert len(program.splitlines()) <= 32
-    async with serving(limits=PATIENT) as service:
+    async with serving(limits=PATIENT, start="IDLE") as service:
         words = [sys.executable, "-c", program, sockets.shown(service.address)]
         child = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
         out, _ = await child.communicate()
