@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,16 @@ def straight(cache, tmp_path_factory) -> Path:
     results = main(config(cache, run))
     assert results["step"] == 24 and results["dtype"] == "float32" and Path(results["encoder"]).exists()
     return run
+
+
+def test_the_readmes_python_gives_tokens_of_every_window(straight, cache):
+    (program,) = re.findall(r"^```python\n(.+?)^```", (recipes.ROOT / "README.md").read_text(), re.M | re.S)
+    scope = {}
+    exec(program.replace("cache/demo", str(cache)).replace("runs/jepa-1", str(straight)), scope)
+    batch, encoder = scope["batch"], scope["encoder"]
+    patches = batch.x_BCT.shape[2] // encoder.architecture.patch
+    assert scope["z_BND"].shape == (16, batch.x_BCT.shape[1] * patches, encoder.architecture.d_model)
+    assert scope["features_BD"].shape == (16, encoder.architecture.d_model)
 
 
 def test_a_run_leaves_what_it_promises(straight, cache):
