@@ -3,7 +3,7 @@ Learn to generate windows of EEG or vibration, and to say how unusual a window i
 
     python train_flow.py --cache cache/cwru --preset mini                       # vibration, two cores, minutes
     python train_flow.py --cache cache/demo cache/cwru --label fault            # several data sets, of any rates, in one model
-    python train_flow.py --init runs/jepa-1/encoder.safetensors --contrast 0.1  # around a pretrained encoder, which goes on learning
+    python train_flow.py --init runs/jepa-1/encoder.safetensors --contrast 0.1 --window 800  # around a pretrained encoder
     python train_flow.py --sample 800 --model runs/flow-1/model.safetensors --out cache/generated
     python train_flow.py --judge 800 --model runs/flow-1/model.safetensors --cache cache/cwru --hold-out time
     python train_flow.py --score --model runs/flow-1/model.safetensors --cache cache/other

@@ -19,6 +19,7 @@ Shape letters: B examples, C channels, T samples, K targets, P patches, S stretc
 import math
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -174,8 +175,10 @@ def choose_rows(cfg: Config, cache: Cache, *splits: str) -> list[int]:
         marked = {cache.recordings[i].dataset for i in np.unique(cache.intervals(SEIZURE)[0])}
         rows = [i for i in rows if cache.recordings[i].dataset in marked]
     if not rows:
+        have = ", ".join(f"{n} in {s}" for s, n in Counter(r.split for r in cache.recordings).items())
         raise Unusable(
-            f"no recording in split {' or '.join(splits)} of {', '.join(map(str, cache.paths))} {' '.join(cfg.where)}"
+            f"no recording in split {' or '.join(splits)} of {', '.join(map(str, cache.paths))} {' '.join(cfg.where)} (there are {have}): "
+            "splits are by subject; more subjects, or a [split] in dataset.toml, fill them"
         )
     return rows
 

@@ -139,7 +139,13 @@ def score_run(
     encoder, rate_hz = encoder_beside(model, net), corpus.rate_hz(rows[0])
     scores = flow_scores(net, encoder, meta["predict"], found["train"], found["val"], rate_hz, nfe, seed, device)
     row_N, table = row_of["val"], {}
-    if not well_R[row_N].all() and well_R[row_N].any():
+    if healthy and (well_R[row_N].all() or not well_R[row_N].any()):
+        which = "all" if well_R[row_N].all() else "none"
+        print(
+            f"--healthy {healthy}: {which} of the held-out windows are, so there is no area under the curve",
+            file=sys.stderr,
+        )
+    elif healthy:
         table = anomaly.table(scores, ~well_R[row_N], [corpus.block(i) for i in row_N], seed)
     keys = [corpus.recordings[i].key for i in row_N]
     told = {name: {"value": s.value_N.tolist(), "error": s.error_N.tolist()} for name, s in scores.items()}

@@ -446,6 +446,18 @@ def test_scores_stand_beside_plain_ones(caches, straight):
 
 
 @pytest.mark.slow
+def test_scores_without_anything_to_tell_apart_say_so(caches, straight):
+    name = Cache(caches[1]).recordings[0].dataset
+    status, results, err = recipes.run(
+        "--score", "--model", straight / "model.safetensors", "--cache", caches[1], "--healthy", f"dataset={name}", "--score-windows", 20, "--nfe", 2, "--hold-out", "time",
+        script="train_flow.py",
+    )  # fmt: skip
+    assert (
+        status == 0 and results["metrics"] == {} and f"--healthy dataset={name}: all of the held-out windows are" in err
+    )
+
+
+@pytest.mark.slow
 def test_samples_are_judged_after_training(caches, tmp_path):
     results = main(config(caches[1:], tmp_path / "run", hold_out="time", steps=4, calibrate=0, judge=80))
     assert (
