@@ -78,14 +78,14 @@ class Config:
     lsl_channels: str | None = None  # names of its channels, comma-separated, where the stream doesn't say
     lsl_scope: Literal["machine", "network"] = "machine"  # where to look for it
     amplifier: bool = False  # synthetic EEG with known truth
-    seconds: float = 0.0  # of --amplifier; 0: for ever
+    seconds: float = 0.0  # length of --amplifier, s; 0: for ever
     seed: int = 0  # of --amplifier
     framing: Literal["binary", "ndjson"] = "binary"  # how these sources send
     chunk: int = 0  # samples they send at a time; 0: 40 ms of them
     wait: int = 0  # consumers to wait for before a source starts
     stay: bool = False  # go on when --replay has ended
     # --action fit: from a cache to a folder for --models
-    cache: tuple[Path, ...] = ()  # built with --causal
+    cache: tuple[Path, ...] = ()  # of --action fit, built with --causal
     target: str | None = None  # column or event label to tell
     pipeline: Literal["riemann", "encoder", "hybrid"] = "riemann"  # what to make
     encoder: Path | None = None  # model.safetensors of train_supervised.py, for encoder and hybrid

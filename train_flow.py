@@ -72,7 +72,7 @@ class Config(RunConfig):
     score: bool = False  # how strange --model finds the held-out windows of --cache
     healthy: str | None = None  # column=value of usual recordings, for --score; none: there are no others to tell apart
     score_windows: int = 400  # of each of the healthy and the held-out ones
-    model: str | None = None  # model.safetensors of a run, for --sample and --score
+    model: str | None = None  # model.safetensors of a run, for --sample, --judge and --score
     out: str = "cache/generated"  # directory for --sample
     given: tuple[str, ...] = ()  # conditions of samples, as in: label=ball speed=1772; none: as in training recordings
     unconditional: bool = False  # samples for no condition but their level
@@ -107,7 +107,7 @@ class Config(RunConfig):
     times: Literal["logit-normal", "uniform", "ends"] = "logit-normal"  # where on the path it is trained
     uniform_share: float = 0.1  # of these times that are uniform all the same
     reflow: str | None = None  # model.safetensors whose pairs of noise and sample are learned, for fewer evaluations
-    pairs: int = 4096  # of them
+    pairs: int = 4096  # pairs of noise and sample that --reflow makes
     # network
     share: Literal["trunk", "cond", "repa", "none"] = "trunk"  # the encoder's blocks: used, looked at, imitated, or not
     init: str | None = None  # encoder.safetensors to start from; its architecture replaces the four flags below

@@ -83,7 +83,7 @@ class Config(RunConfig):
     # objective
     mask: Kind = "spatiotemporal"  # random: single tokens; else blocks of electrodes in a radius, patches, or both
     mask_ratio: float = 0.6  # share of tokens to predict, met exactly
-    mask_radius_m: float = 0.09  # of a block, around its central electrode
+    mask_radius_m: float = 0.09  # radius of a block around its central electrode, m
     mask_patches: int = 2  # patches that a block lasts
     predictor: Prediction = "prelocal"  # targets attend to the context; then to each other, too; or to a summary
     predictor_layers: int = 2  # depth of the predictor, half as wide as the encoder
