@@ -159,7 +159,7 @@ torch.library.register_autograd("berger::selective_scan", _scan_gradients, setup
 
 
 def _no_second_gradients(ctx, *grads):  # torch would only warn, and take them for 0
-    raise NotImplementedError("kernels has first gradients only; the functions of kernels.reference have all")
+    raise RuntimeError("kernels has first gradients only; the functions of kernels.reference have all")
 
 
 torch.library.register_autograd("berger::embed_tokens_backward", _no_second_gradients)

@@ -126,16 +126,14 @@ def score_run(
         windows = corpus.windows(part)
         row_N, start_N = windows.locate(np.arange(len(windows)))
         kept = np.array(even(np.flatnonzero(fits[row_N]).tolist(), count), np.int64)
+        if len(kept) < 2 * anomaly.NEIGHBOURS:
+            raise Unusable(f"--score: too few windows to compare with, {len(kept)} of {part} (--healthy {healthy})")
         target = unconditioned(corpus, part, whiten, np.unique(row_N[kept]).tolist(), len(net.given.conditions), meta)
         found[part] = target.read(row_N[kept], start_N[kept], np.arange(len(kept)), 0, 64, seed, 0)
         row_of[part] = np.concatenate([white.recording_B for white in found[part]])
     rows = np.concatenate([*row_of.values()])
     if any(len({of(i) for i in rows}) > 1 for of in (corpus.rate_hz, lambda i: tuple(corpus.recordings[i].names))):
         raise Unusable("--score: recordings differ in rate or channels: give --cache with alike ones (--channels)")
-    if min(map(len, row_of.values())) < 2 * anomaly.NEIGHBOURS:
-        raise Unusable(
-            f"--score: too few windows to compare with, {[*map(len, row_of.values())]} (--healthy {healthy})"
-        )
     encoder, rate_hz = encoder_beside(model, net), corpus.rate_hz(rows[0])
     scores = flow_scores(net, encoder, meta["predict"], found["train"], found["val"], rate_hz, nfe, seed, device)
     row_N, table = row_of["val"], {}

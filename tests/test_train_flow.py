@@ -457,6 +457,12 @@ def test_scores_without_anything_to_tell_apart_say_so(caches, straight):
     )
 
 
+def test_too_few_windows_to_score_are_one_line(caches, straight):
+    few = dict(model=str(straight / "model.safetensors"), score=True, hold_out="time", nfe=2)
+    with pytest.raises(Unusable, match="too few windows to compare with, 3 of train"):
+        main(config(caches[1:], "unused", score_windows=3, **few))
+
+
 @pytest.mark.slow
 def test_samples_are_judged_after_training(caches, tmp_path):
     results = main(config(caches[1:], tmp_path / "run", hold_out="time", steps=4, calibrate=0, judge=80))
