@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels import pack, plain
-from lib import channels, command, filters, manifest, pool, recordings, store
+from lib import channels, command, filters, labels, manifest, pool, recordings, store
 from lib.errors import Failed, Rejected, Unusable
 from lib.inspection import check_amplitude, check_rate, inspect, loud_channels
 from lib.parts import Task, plan, same_content, shaft_hz, source_files, source_rules, unused
@@ -34,7 +34,7 @@ from lib.recordings import ReadSpec
 from lib.sources import Discovery, discover
 from lib.statements import VIBRATION_UNITS
 
-RECIPE = 4  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
+RECIPE = 5  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
 
 
 @dataclass(frozen=True)
@@ -179,15 +179,19 @@ def prepare(
     source_s = max(s.onset_s + (s.stop - s.start) / rate_hz for s in ranges)
     check = inspect(x_CT, rate_hz, ranges)
     notes += check.notes
+    marked = [c for c, i in enumerate(wanted) if recording.names[i] in recording.marked_bad]
+    if marked:
+        notes.append(f"marked bad channels: {len(marked)} of {len(wanted)}")
+    flagged = sorted({*check.bad, *marked})
     if shaft_hz:
         notes += check_rate(check.x_CT, rate_hz, shaft_hz)
     references = [wanted.index(i) for i in extra]
     enveloped = "envelope_hz" in signal
     y_CT = check.x_CT
     if enveloped:  # not linear as filters are: sums over channels have to be of signals
-        good = _good(check.bad, len(present))
+        good = _good(flagged, len(present))
         y_CT = y_CT.astype(np.float32)
-        y_CT, bad, interpolated = _across(y_CT, picked, good, check.bad, references, signal, notes)
+        y_CT, bad, interpolated = _across(y_CT, picked, good, flagged, references, signal, notes)
     y_CT, segments = _filter(y_CT, rate_hz, check.segments, signal)
     y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
     if not segments:
@@ -195,7 +199,7 @@ def prepare(
         flag = "--envelope-hz" if least_s > signal["min_seconds"] * (1 + 1e-9) else "--min-seconds"
         raise Rejected("too_short", f"no segment of {least_s:g} s ({flag}) is left of {x_CT.shape[1] / rate_hz:.2f} s")
 
-    flagged, good = check.bad, _good(check.bad, len(present))
+    good = _good(flagged, len(present))
     if recording.unit == "uV" and not enveloped and (loud := set(loud_channels(y_CT, good)) - set(flagged)):
         notes.append(f"loud channels: {len(loud)} of {len(y_CT)}")
         flagged = sorted({*flagged, *loud})
@@ -233,7 +237,8 @@ def _good(bad: list[int], present: int) -> np.ndarray:
     good = np.setdiff1d(np.arange(present), bad)
     if len(good) <= present / 2:
         raise Rejected(
-            "bad_channels", f"{present - len(good)} of {present} channels are flat, saturated or not a number"
+            "bad_channels",
+            f"{present - len(good)} of {present} channels are flat, saturated, not a number or marked bad",
         )
     return good
 
@@ -246,7 +251,8 @@ def _across(
     if references:
         if set(references) & set(flagged):
             raise Rejected(
-                "missing_reference", f"reference {signal['reference']} is flat, saturated, loud or not a number"
+                "missing_reference",
+                f"reference {signal['reference']} is flat, saturated, loud, not a number or marked bad",
             )
         y_CT -= y_CT[references].mean(0)
     elif signal["reference"] == "average" and len(present) > 1:
@@ -350,6 +356,8 @@ def cache_recording(task: Task) -> dict:
             part = {**task.previous, "files": part["files"]}  # touched, not changed
         else:
             recording = recordings.open_recording(source.path, source.spec)
+            if source.channel_table:
+                labels.apply_channels_tsv(source.channel_table, recording)
             ready = prepare(recording, signal, source.spec, source.crop, shaft_hz(source))
             part |= _write(task, part, recording, ready)
     except Rejected as error:

@@ -1,5 +1,6 @@
 """
-Text labels: TUSZ seizure files, events.tsv and participants tables of BIDS, and the event vocabulary that all phases share.
+Text beside recordings: TUSZ seizure files, events.tsv, channels.tsv and participants tables of BIDS, and the event vocabulary
+that all phases share.
 
 Nothing is guessed. A file that can't be right rejects its recording with a code; a row that is wrong is left out and reported with
 its line; a value that is missing stays missing and never becomes 0. Times are seconds from the first sample.
@@ -19,8 +20,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lib.channels import canonical
 from lib.errors import Rejected, Unusable
-from lib.recordings import Event
+from lib.recordings import Event, Recording
 
 SEIZURE_TYPES = frozenset("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())  # TUSZ v2.0.x
 BACKGROUND = "bckg"
@@ -362,6 +364,43 @@ def _trials(events: list[Event]) -> list[Event]:
 def _seizures(events: list[Event]) -> list[Event]:
     intervals = [(e.onset_s, e.onset_s + e.duration_s) for e in events if is_seizure(e.label) and e.duration_s > 0]
     return [Event(start, stop - start, "seizure") for start, stop in merge(intervals)]
+
+
+# --- channels ---------------------------------------------------------------------------------------------------------------------
+
+# `type` of a BIDS channels.tsv, for what lib/recordings.py calls a kind; any other is misc
+CHANNEL_TYPES = {"eeg": "eeg", "eog": "eog", "veog": "eog", "heog": "eog", "ecg": "ecg", "emg": "emg", "trig": "stim"}
+
+
+def apply_channels_tsv(path: Path, recording: Recording) -> None:
+    """
+    Takes over what a BIDS channels.tsv says of a recording's channels, by electrode: those of a `type` other than EEG are none, those
+    whose `status` is bad are bad. What it doesn't fit is noted.
+    """
+    try:
+        columns, rows = read_table(path)
+    except OSError as error:
+        raise Rejected("unreadable", f"{path.name}: {error.strerror}") from error
+    columns = [column.lower() for column in columns]
+    if "name" not in columns:
+        recording.notes.append(f"channel table not taken: {path.name} has no column `name`")
+        return
+    said = [dict(zip(columns, cells, strict=False)) for _, cells in rows]
+    said = {canonical(row.get("name", "")): row for row in said}
+    others = []
+    for i, name in enumerate(recording.names):
+        row = said.pop(canonical(name), {})
+        stated = row.get("type", "").lower()
+        kind = "eeg" if stated in MISSING else CHANNEL_TYPES.get(stated, "misc")
+        if kind != "eeg" and recording.kinds[i] in ("eeg", "unknown"):
+            recording.kinds[i] = kind
+            others.append(f"{name} {row['type']}")
+        if row.get("status", "").lower() == "bad":
+            recording.marked_bad.add(name)
+    if others:
+        recording.notes.append(f"channels not of type EEG: {', '.join(others)} ({path.name})")
+    if said:
+        recording.notes.append(f"rows of a channel table without a channel: {', '.join(said)} ({path.name})")
 
 
 # --- participants -----------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ class Recording:
     notes: list[str] = field(default_factory=list)
     columns: dict[str, float | str] = field(default_factory=dict)  # facts about the whole recording, such as rpm
     first_sample: int = 0  # what event files of this recording count from (FIF)
+    marked_bad: set[str] = field(default_factory=set)  # of `names`: whoever recorded or curated it says so
 
     def read(self, indices) -> np.ndarray:
         """The channels `indices`, which must share one rate, as x_CT float32 in `unit`, NaN kept. Raises Rejected."""
@@ -278,6 +279,7 @@ def open_mne(path: Path, spec: ReadSpec, typed: bool = False, shown: Path | None
         positions=plausible_positions({names[i]: raw.info["chs"][i]["loc"][:3] for i in placed}, notes),
         notes=notes,
         first_sample=int(raw.first_samp),
+        marked_bad=set(raw.info["bads"]),
     )
 
 

@@ -64,6 +64,7 @@ class Source:
     split: str | None = None  # if the source says so
     crop: tuple[float | None, float | None] | None = None  # seconds, negative from the end
     event_names: dict[str, str] = field(default_factory=dict)
+    channel_table: Path | None = None  # channels.tsv of BIDS, also among the companions: what is known of its channels
 
 
 @dataclass
@@ -315,15 +316,18 @@ def _source(
     split = TUH_SPLITS.get(facts.pop("split", "")) if layout == "tuh" else None
     known = {name: facts.pop(name, "") for name in FIELDS}
     labelled = _label_files(path, layout, part.base, listings)
-    return Source(key, path, part.name, layout, beside, labelled, spec, **known, columns=facts, split=split)
+    table = _nearest_table(path, layout, part.base, listings, "channels")
+    beside = (*beside, table) if table else beside
+    source = Source(key, path, part.name, layout, beside, labelled, spec, **known, columns=facts, split=split)
+    return replace(source, channel_table=table)
 
 
 class _Listings:
-    """The names in a folder, read once, found whatever their case; and of its events.tsv files the entities."""
+    """The names in a folder, read once, found whatever their case; and of its tables of one kind the entities."""
 
     def __init__(self):
         self._names: dict[Path, dict[str, str]] = {}  # as it is, and in lower case → as it is
-        self._events: dict[Path, list[tuple[dict[str, str], Path]]] = {}
+        self._tables: dict[tuple[Path, str], list[tuple[dict[str, str], Path]]] = {}
 
     def names(self, folder: Path) -> dict[str, str]:
         if folder not in self._names:
@@ -339,21 +343,41 @@ class _Listings:
         actual = names.get(name) or names.get(name.lower())
         return folder / actual if actual else None
 
-    def events(self, folder: Path) -> list[tuple[dict[str, str], Path]]:
-        if folder not in self._events:
+    def tables(self, folder: Path, kind: str) -> list[tuple[dict[str, str], Path]]:
+        """The folder's `…_<kind>.tsv` (kind: events, channels), each with the entities of its name."""
+        if (folder, kind) not in self._tables:
+            ending = f"{kind}.tsv"
             named = {
                 n
                 for n in self.names(folder).values()
-                if re.search(r"(^|_)events\.tsv$", n, re.IGNORECASE) and n[0] != "."
+                if re.search(rf"(^|_){kind}\.tsv$", n, re.IGNORECASE) and n[0] != "."
             }
-            self._events[folder] = [(_entities(n[: -len("events.tsv")].rstrip("_")), folder / n) for n in sorted(named)]
-        return self._events[folder]
+            self._tables[folder, kind] = [(_entities(n[: -len(ending)].rstrip("_")), folder / n) for n in sorted(named)]
+        return self._tables[folder, kind]
+
+
+def _bare(path: Path) -> str:
+    """The name of a recording without what only says that it is one."""
+    return re.sub(r"[-_](raw|eeg|meg|ieeg)$", "", _stem(path), flags=re.IGNORECASE)
+
+
+def _nearest_table(path: Path, layout: str, base: Path, listings: _Listings, kind: str) -> Path | None:
+    """A recording's `…_<kind>.tsv`: beside it by name, in BIDS by inheritance (the nearest folder, then the most entities, wins)."""
+    if layout != "bids":
+        return listings.file(path.parent, f"{_bare(path)}_{kind}.tsv")
+    entities, folder = _entities(_stem(path)), path.parent
+    while True:
+        fitting = [(len(e), f) for e, f in listings.tables(folder, kind) if e.items() <= entities.items()]
+        if fitting:
+            return max(fitting, key=lambda item: (item[0], item[1].name))[1]
+        if folder == base or folder == folder.parent:
+            return None
+        folder = folder.parent
 
 
 def _label_files(path: Path, layout: str, base: Path, listings: _Listings) -> tuple[Path, ...]:
-    """The text and event files that label a recording; those of BIDS by inheritance (the nearest folder, then the most entities, wins)."""
-    stem = _stem(path)
-    bare = re.sub(r"[-_](raw|eeg|meg|ieeg)$", "", stem, flags=re.IGNORECASE)
+    """The text and event files that label a recording."""
+    stem, bare = _stem(path), _bare(path)
     names = [
         f"{stem}.csv_bi",
         *([f"{stem}.csv"] if layout == "tuh" or listings.file(path.parent, f"{stem}.csv_bi") else []),
@@ -361,16 +385,8 @@ def _label_files(path: Path, layout: str, base: Path, listings: _Listings) -> tu
     names += [f"{bare}{ending}" for ending in ("-eve.fif", "_eve.fif", "-eve.fif.gz", ".eve")]
     names += [] if layout == "bids" else [f"{stem}_events.tsv", f"{bare}_events.tsv"]
     files = [file for name in dict.fromkeys(names) if (file := listings.file(path.parent, name)) and file != path]
-    if layout == "bids":
-        entities, folder = _entities(stem), path.parent
-        while True:
-            fitting = [(len(e), f) for e, f in listings.events(folder) if e.items() <= entities.items()]
-            if fitting:
-                files.append(max(fitting, key=lambda item: (item[0], item[1].name))[1])
-                break
-            if folder == base or folder == folder.parent:
-                break
-            folder = folder.parent
+    if layout == "bids" and (table := _nearest_table(path, layout, base, listings, "events")):
+        files.append(table)
     return tuple(files)
 
 

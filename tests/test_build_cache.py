@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import mne
 import numpy as np
 import pytest
 import scipy.io
@@ -17,6 +18,7 @@ import scipy.io
 import build_cache
 from lib import filters, recordings, store
 from lib.cache import Cache
+from lib.channels import canonical
 from lib.edf import write_edf
 from lib.errors import Unusable
 from tests.recipes import NAMES, ROOT, contents, kill, noise_uv, run, start, write_small
@@ -524,6 +526,56 @@ def test_an_electrode_in_the_air_does_not_drown_the_others(tmp_path):
     others = [c for c in range(len(NAMES)) if c != bad]
     left_CT, right_CT = (batch.x_BCT[0].numpy()[others] for batch in (quiet, loud))
     assert np.corrcoef(left_CT.ravel(), right_CT.ravel())[0, 1] > 0.9  # the average is of one channel less
+
+
+def test_channels_that_are_marked_bad_or_of_another_type(tmp_path):
+    """A BIDS channels.tsv and a FIF header say the same of one signal; a table that changes is read again."""
+    raw = tmp_path / "bids" / "sub-01" / "eeg"
+    raw.mkdir(parents=True)
+    x_CT = noise_uv(np.random.default_rng(0), len(NAMES), 16 * 200)
+    x_CT[2] *= 10  # too quiet to be called loud
+    write_edf(raw / "sub-01_task-rest_eeg.edf", x_CT, 200, NAMES)
+    table = raw / "sub-01_task-rest_channels.tsv"
+    rows = [
+        f"{name}\t{'EOG' if name == NAMES[0] else 'EEG'}\t{'bad' if name == NAMES[2] else 'good'}" for name in NAMES
+    ]
+    table.write_text("\n".join(["name\ttype\tstatus", *rows, "Oz9\tEEG\tbad"]))
+
+    (tmp_path / "fif").mkdir()
+    info = mne.create_info(NAMES, 200, ["eog"] + ["eeg"] * (len(NAMES) - 1))
+    info["bads"] = [NAMES[2]]
+    mne.io.RawArray(x_CT * 1e-6, info, verbose="ERROR").save(tmp_path / "fif" / "sub-01_raw.fif", verbose="ERROR")
+
+    def build(name: str) -> tuple[dict, Cache]:
+        code, result, stderr = run("--source", tmp_path / name, "--cache", tmp_path / f"c-{name}", "--workers", 1)
+        assert code == 0, stderr
+        return result, Cache(tmp_path / f"c-{name}")
+
+    read = {}
+    for name in ("bids", "fif"):
+        result, cache = build(name)
+        assert "marked bad channels" in result["notes"]
+        recording = cache.recordings[0]
+        assert "Fp1" not in recording.names and len(recording.names) == len(NAMES) - 1
+        batch = cache.read([0], [0], 1600, unit="uV")
+        good = [c != recording.names.index("C3") for c in range(len(recording.names))]
+        assert batch.mask_BC.numpy().tolist()[0] == good
+        read[name] = batch.x_BCT[0].numpy()[good]
+        assert abs(read[name].mean(0)).max() < 0.1  # the average is of the good ones
+        expected = (
+            {"channels not of type EEG", "rows of a channel table without a channel"} if name == "bids" else set()
+        )
+        assert expected <= set(result["notes"])
+    np.testing.assert_allclose(read["bids"], read["fif"], atol=0.1)
+
+    table.write_text("\n".join(["name\ttype\tstatus", *(f"{canonical(name)}\tEEG\tn/a" for name in NAMES)]))
+    result, cache = build("bids")
+    assert len(cache.recordings[0].names) == len(NAMES) and cache.read([0], [0], 1600).mask_BC.all()
+    table.write_text("what is this")
+    assert "channel table not taken" in build("bids")[0]["notes"]
+    table.write_text("\n".join(["name\tstatus", *(f"{name}\tbad" for name in NAMES)]))
+    code, result, stderr = run("--source", tmp_path / "bids", "--cache", tmp_path / "c-bids", "--workers", 1)
+    assert code != 0 and "marked bad" in stderr and "bad_channels" in stderr
 
 
 def test_names_that_are_no_utf8_do_not_end_a_build(tmp_path):

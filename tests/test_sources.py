@@ -132,7 +132,20 @@ def test_hbn_release_as_it_comes(tmp_path):
     run = next(s for s in found.sources if s.run == "2")
     assert (run.dataset, run.task, run.subject) == (ds.name, "contrastChangeDetection", subject)
     assert run.label_files == (run.path.with_name(f"sub-{subject}_task-contrastChangeDetection_run-2_events.tsv"),)
-    assert run.companions == (run.path.with_suffix(".fdt"),)
+    table = run.path.with_name(f"sub-{subject}_task-contrastChangeDetection_run-2_channels.tsv")
+    assert run.companions == (run.path.with_suffix(".fdt"), table) and run.channel_table == table
+
+
+def test_channel_tables_by_inheritance_and_beside_a_recording(tmp_path):
+    stem = "sub-01/eeg/sub-01_task-rest"
+    names = [f"{stem}_run-1_eeg.edf", f"{stem}_run-2_eeg.edf", "sub-02/eeg/sub-02_task-rest_eeg.edf"]
+    plant(tmp_path / "bids", "dataset_description.json", "task-rest_channels.tsv", f"{stem}_run-2_channels.tsv", *names)
+    plant(tmp_path / "plain", "a_eeg.edf", "a_channels.tsv", "b.edf")
+    found = by_name(discover([tmp_path / "bids", tmp_path / "plain"]))
+    above = tmp_path / "bids/task-rest_channels.tsv"
+    beside = tmp_path / f"bids/{stem}_run-2_channels.tsv"
+    assert [found[name].channel_table for name in names] == [above, beside, above]
+    assert found["a_eeg.edf"].channel_table == tmp_path / "plain/a_channels.tsv" and not found["b.edf"].channel_table
 
 
 # --- TUH --------------------------------------------------------------------------------------------------------------------------
