@@ -23,6 +23,7 @@ from lib import mixing, regular, rhythm
 
 QUANTILES = 65  # of a group's levels: every 1.6 %
 SEGMENT = 256  # samples of the segments that mean spectra are of
+CLICK = 10.0  # times the power at a frequency that one segment of a hundred has: what is louder is no part of the mean spectrum
 HISTORY = 4096  # samples that an inverse filter runs before what is kept; its memory is far shorter
 WHITE_FLOOR = (
     1e-9  # of the power, -90 dB: below what float16 resolves, and what keeps a silent band's equations solvable
@@ -200,10 +201,9 @@ class Whitening:
         Spectra are taken inside windows, or, of windows shorter than a segment, along all of them.
         """
         N, C, T = x_NCT.shape
-        x_NCT = x_NCT if T >= SEGMENT else x_NCT.transpose(1, 0, 2)
-        rows = torch.from_numpy(np.ascontiguousarray(x_NCT)).reshape(-1, T if T >= SEGMENT else N * T)
-        if rows.shape[1] >= SEGMENT and (self.power_GF[group] > 0).all():
-            power_F, wanted_F = mean_spectrum(rows).mean(0), self.power_GF[group]
+        x_NCT = x_NCT if T >= SEGMENT else x_NCT.transpose(1, 0, 2).reshape(1, C, N * T)
+        if x_NCT.shape[2] >= SEGMENT and (self.power_GF[group] > 0).all():
+            power_F, wanted_F = mean_spectrum(torch.from_numpy(x_NCT)), self.power_GF[group]
             gain_F = (wanted_F / wanted_F.sum() / (power_F / power_F.sum()).clamp_min(1e-30)).sqrt()
             self.trim_GF[group] = gain_F.clamp(1e-4, 1e2)
 
@@ -242,7 +242,7 @@ def fit(
         taps.append(predictor(correlation_K))
         log = np.concatenate([window_levels(x_CT, samples) for x_CT in group])
         levels.append(np.quantile(log, np.linspace(0, 1, QUANTILES)))
-        long = [mean_spectrum(x_CT.double()).mean(0) for x_CT in group if x_CT.shape[1] >= SEGMENT]
+        long = [mean_spectrum(x_CT.double()[None]) for x_CT in group if x_CT.shape[1] >= SEGMENT]
         own_VK, cross_VV, white = channel_filters(group, at if channels else None, len(channels), taps[-1])
         own.append(own_VK)
         crosses.append(cross_VV)
@@ -333,10 +333,18 @@ def toeplitz(correlation_K: np.ndarray) -> np.ndarray:
     return correlation_K[np.abs(lag_K[:, None] - lag_K)]
 
 
-def mean_spectrum(x_CT: torch.Tensor) -> torch.Tensor:
-    """Power (C, F), mean over half-overlapping Hann segments (Welch 1967)."""
-    hann_S = torch.hann_window(SEGMENT, dtype=x_CT.dtype)
-    return torch.fft.rfft(x_CT.unfold(1, SEGMENT, SEGMENT // 2) * hann_S).abs().square().mean(1)
+def mean_spectrum(x_NCT: torch.Tensor) -> torch.Tensor:
+    """
+    Power (F), mean over channels of their half-overlapping Hann segments (Welch 1967), clicks (CLICK) left out.
+
+    One lost sample is broad-band: at frequencies where a machine has hardly any power it would be most of a minute's mean.
+    """
+    hann_S = torch.hann_window(SEGMENT, dtype=x_NCT.dtype)
+    power_NCMF = torch.fft.rfft(x_NCT.unfold(2, SEGMENT, SEGMENT // 2) * hann_S).abs().square()
+    power_CMF = power_NCMF.transpose(0, 1).flatten(1, 2)
+    loud_C1F = power_CMF.kthvalue(math.ceil(0.99 * power_CMF.shape[1]), dim=1, keepdim=True).values
+    usual_CMF = power_CMF <= CLICK * loud_C1F
+    return ((power_CMF * usual_CMF).sum(1) / usual_CMF.sum(1)).mean(0)
 
 
 def log_rms(x_BCT: torch.Tensor, mask_BC: torch.Tensor | None) -> torch.Tensor:
