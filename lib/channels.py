@@ -165,10 +165,11 @@ def _refuse_duplicates(channels) -> None:
 
 
 def profile_channels(profile: str) -> tuple[tuple[str, ...], int]:
-    """The channels a profile name or a comma-separated list stands for, and how many of them may be missing."""
+    """The channels a profile name or a comma-separated list stands for, and how many of them may be missing where that is allowed."""
     if profile in PROFILES:
         return PROFILES[profile].channels, PROFILES[profile].max_missing
-    return tuple(canonical(n) for n in profile.split(",") if n.strip()), 0
+    named = tuple(canonical(n) for n in profile.split(",") if n.strip())
+    return named, len(named) // 2  # as many as may be bad
 
 
 def reference_channels(reference: str, names: list[str]) -> list[int]:

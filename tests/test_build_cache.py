@@ -354,6 +354,7 @@ def test_nothing_to_cache_is_an_error(tmp_path):
         (("--source-rate-hz", -5), "--source-rate-hz"),
         (("--share", "3/2"), "--share"),
         (("--channels", "nonsense,,"), "missing_channel"),
+        (("--missing", "mask"), "--missing"),
         (("--no-such-flag",), "no-such-flag"),
         (("--reference", "Fz"), "missing_reference"),
     ],
@@ -419,6 +420,19 @@ def test_a_cache_where_there_is_no_folder_yet_or_can_be_none(small, tmp_path):
         assert code == 2 and "--cache" in stderr.splitlines()[-1] and "Traceback" not in stderr
     code, _, stderr = run("--action", "gc", "--cache", tmp_path / "nowhere")
     assert code == 2 and "no cache at" in stderr and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("policy", ["reject", "mask", "interpolate"])
+def test_missing_electrodes_among_named_ones(small, tmp_path, policy):
+    words = ("--source", small[0], "--cache", tmp_path / "cache", "--channels", "C3,Cz,C4", "--missing", policy)
+    code, result, stderr = run(*words)
+    if policy == "reject":
+        assert code == 2 and "missing_channel" in stderr.splitlines()[-1]
+        return
+    assert code == 0 and result["missing_electrodes"]["electrodes"] == {"Cz": 8}, stderr
+    batch = Cache(tmp_path / "cache").read([0], [0], 800, unit="uV")
+    assert batch.mask_BC[0].tolist() == [True, policy == "interpolate", True]
+    assert (batch.x_BCT[0, 1].std() > 0) == (policy == "interpolate")
 
 
 def test_causal_cache_equals_streaming(small, tmp_path):

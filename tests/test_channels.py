@@ -100,7 +100,10 @@ def test_profiles_and_missing():
     with pytest.raises(Rejected, match="missing_channel"):
         channels.select(names[4:], kinds[4:], "tuh19")
     with pytest.raises(Rejected, match="missing_channel"):
-        channels.select(names, kinds, "Fp1,Oz")
+        channels.select(names, kinds, "Fp1,Oz", max_missing=0)
+    assert channels.select(names, kinds, "Fp1,Oz").missing == ("Oz",)  # --missing mask or interpolate
+    with pytest.raises(Rejected, match="missing_channel: Fz, Pz"):
+        channels.select(names, kinds, "Fz,Cz,Pz")
 
 
 def test_splines_equal_mnes():
