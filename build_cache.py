@@ -106,6 +106,9 @@ def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
         raise Unusable(f"--envelope-hz {own[0]:g} {own[1]:g} must rise from above 0")
     if own and cfg.causal:
         raise Unusable("--envelope-hz needs the whole recording, and --causal must not: leave one of them out")
+    for flag, text in (("--channels", cfg.channels), ("--reference", cfg.reference)):
+        if twice := channels.named_twice(text.split(",")):
+            raise Unusable(f"{flag} {text} names one electrode twice: {twice}")
     if cfg.channels == "all" and cfg.missing in ("interpolate", "mask"):
         raise Unusable(f"--missing {cfg.missing} needs --channels with a profile or names: 'all' lacks no electrode")
     profile = channels.PROFILES.get(cfg.channels)

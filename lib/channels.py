@@ -172,6 +172,12 @@ def profile_channels(profile: str) -> tuple[tuple[str, ...], int]:
     return named, len(named) // 2  # as many as may be bad
 
 
+def named_twice(names: list[str]) -> str:
+    """The names that mean the same electrode as another one, such as `T3 and T7`; empty where there are none."""
+    places = Counter(canonical(n) for n in names if n.strip())
+    return " and ".join(n.strip() for n in names if places[canonical(n)] > 1)
+
+
 def reference_channels(reference: str, names: list[str]) -> list[int]:
     """File indices of the electrodes a reference such as `A1,A2` names; empty for `average` and `none`. Raises Rejected."""
     if reference in ("average", "none"):
