@@ -9,7 +9,7 @@ montages share one space.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +99,14 @@ def is_biosemi(names: list[str]) -> bool:
 def are_eyes(names: list[str]) -> bool:
     """Whether E1 and E2 are the eyes of a sleep recording (AASM) rather than electrodes of EGI's net, which has more of them."""
     return sum(name.startswith("E") and name in POSITIONS for name in map(canonical, names)) <= 2
+
+
+def are_bipolar(names: Sequence[str], profile: str) -> bool:
+    """Whether what a profile takes of a file are differences such as `Fp1-F7`, of electrodes without a reference in common."""
+    wanted = [canonical(n) for n in (names if profile == "all" else profile_channels(profile)[0])]
+    pairs = [n.split("-") for n in wanted if n.count("-") == 1]
+    seconds = {canonical(b) for a, b in pairs if canonical(a) in POSITIONS and canonical(b) in POSITIONS}
+    return len(seconds) > 1 and not any(n in POSITIONS for n in wanted)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ class Intake:
         row_W = [taken.index(i) if good else 0 for i, good in zip(place_W, self.good_W, strict=True)]
         self.row_W = None if row_W == list(range(len(taken))) else np.array(row_W)
         self.reference_R = np.array([taken.index(i) for i in place_R], int)
-        if path.reference == "average" and self.good_W.sum() > 1:  # of one channel it would leave nothing
+        several = self.good_W.sum() > 1  # of one channel an average would leave nothing
+        if path.reference == "average" and several and not channels.are_bipolar(self.names, "all"):
             self.reference_R = np.array(row_W)[self.good_W]
         self.cutter = self._compiled_cut(len(taken), row_W)
         self.causal = Causal(layout.rate_hz, self.out_hz, path.band_hz, path.notch_hz, len(taken))

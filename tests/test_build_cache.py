@@ -595,6 +595,21 @@ def test_channels_that_are_marked_bad_or_of_another_type(tmp_path):
     assert code != 0 and "marked bad" in stderr and "bad_channels" in stderr
 
 
+def test_bipolar_channels_are_not_averaged(tmp_path):
+    (tmp_path / "raw").mkdir()
+    x_CT = noise_uv(np.random.default_rng(5), 3, 16 * 200)
+    write_edf(tmp_path / "raw" / "sub-1.edf", x_CT, 200, ["FP1-F7", "F7-T7", "T7-P7"], [])
+    stored = []
+    for reference in ("average", "none"):
+        words = ("--source", tmp_path / "raw", "--cache", tmp_path / reference, "--reference", reference)
+        code, result, stderr = run(*words)
+        assert code == 0, stderr
+        noted = result["notes"].get("bipolar channels left as recorded, not re-referenced", 0)
+        assert noted == (reference == "average")
+        stored.append(Cache(tmp_path / reference).read([0], [0], 1600).x_BCT)
+    assert np.array_equal(*stored)
+
+
 def test_names_that_are_no_utf8_do_not_end_a_build(tmp_path):
     folder = os.fsencode(tmp_path) + b"/r\xfcck"
     os.mkdir(folder)

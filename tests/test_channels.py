@@ -79,6 +79,22 @@ def test_e1_and_e2_of_a_sleep_recording_are_eyes():
     assert picked("C3", "E1", "E2", stated=True) == ("C3", "E1", "E2")
 
 
+@pytest.mark.parametrize(
+    "names, bipolar",
+    [
+        (["FP1-F7", "F7-T7", "T7-P7", "-", "ECG"], True),  # a double banana
+        (["EEG Fpz-Cz", "EEG Pz-Oz", "EOG horizontal"], True),
+        (["F3-M2", "C4-M1"], True),
+        (["Fp1-A1", "F7-A1", "T3-A1"], False),  # one reference, spelled out
+        (["EEG FP1-REF", "EEG F7-REF", "EEG A2-A1"], False),
+        (["x-1", "x-2", "EEG 001"], False),
+    ],
+)
+def test_differences_of_electrodes_are_bipolar(names, bipolar):
+    assert channels.are_bipolar(names, "all") == bipolar == channels.are_bipolar(["Cz", *names], ",".join(names))
+    assert not channels.are_bipolar(names, "tuh19") and not channels.are_bipolar(["Cz", *names], "all")
+
+
 def test_duplicates():
     names, kinds = ["C3", "C3", "C4"], ["eeg"] * 3
     with pytest.raises(Rejected, match="ambiguous_channel"):

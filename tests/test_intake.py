@@ -70,6 +70,12 @@ def test_the_compiled_path_has_the_bits_of_the_plain_one(channels, bad, referenc
     assert without.live is None and without.counts == compiled.counts and without.quality() == compiled.quality()
 
 
+def test_bipolar_channels_are_left_as_they_are_as_in_a_cache():
+    layout, x_TC = Layout(("FP1-F7", "F7-T7", "T7-P7"), 250.0, "uV"), signal(channels=3)
+    path = replace(PATH, channels=layout.channels)
+    assert_same(feed(Intake(layout, path), x_TC), feed(Intake(layout, replace(path, reference="none")), x_TC))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6),
