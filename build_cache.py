@@ -564,11 +564,11 @@ def _discover(cfg: Config, rank: int) -> tuple[Discovery, str]:
     kind = "vibration" if cfg.source_unit in VIBRATION_UNITS else "eeg"
     stated = ReadSpec(rate_hz=cfg.source_rate_hz, unit=cfg.source_unit, channels=names, kind=kind)
     found = discover(roots, cfg.dataset, stated)
-    for note in found.notes:
-        print(note, file=sys.stderr)
     if cfg.anonymise:
         _make_folder(cfg.cache.parent, cfg.cache)  # where the key is kept
         found = manifest.Pseudonyms(cfg.cache).discovery(found)
+    for note in found.notes:
+        print(note, file=sys.stderr)
     kinds = {source.spec.kind for source in found.sources}
     if len(kinds) > 1:
         raise Unusable("--source mixes EEG and vibration: build a cache for each")

@@ -344,46 +344,103 @@ class Pseudonyms:
         return f"{key.split('/')[0]}/{self.name(key, 'rec')}"
 
     def discovery(self, found: Discovery) -> Discovery:
-        """The same sources under pseudonyms: nothing that names a person or a file goes further; ages over 89 become 90."""
+        """
+        The same sources under pseudonyms: nothing that names a person or a file goes further; ages over 89 become 90.
+
+        Kept are the traits, what two subjects or more share, and numbers that are measured of each rather than given to each.
+        """
+        said: dict[tuple, set[str]] = {}
+        for s in found.sources:
+            for item in s.columns.items():
+                said.setdefault((s.dataset, *item), set()).add(s.subject)
+
+        def own(s: Source) -> dict[str, float | str]:
+            named = {text for name in (s.subject, s.session) for text in (name, labels.number(name))}
+            told = {k: v for k, v in s.columns.items() if v not in named}
+            if s.spec.kind != "eeg":  # machines have no privacy
+                return told
+            return _capped({k: v for k, v in told.items() if _is_trait(k) or len(said[s.dataset, k, v]) > 1})
+
         sources = [
             replace(
                 s,
                 key=self.key(s.key),
                 subject=self.name(f"{s.dataset}/{s.subject}", "sub"),
                 session=self.name(f"{s.dataset}/{s.subject}/{s.session}", "ses") if s.session else "",
-                columns={k: v for k, v in s.columns.items() if v not in (s.subject, s.session)},
+                columns=own(s),
             )
             for s in found.sources
         ]
-        said = Counter((d, k, v) for (d, _), p in found.participants.items() for k, v in p.items())
+        spoken = Counter((d, k, v) for (d, _), p in found.participants.items() for k, v in p.items())
+        numbers = _numbers_given(spoken)
         participants = {
-            (d, self.name(f"{d}/{s}", "sub")): {
-                k: min(v, 90.0) if k == "age" and isinstance(v, (int, float)) else v
-                for k, v in p.items()
-                if not isinstance(v, str) or k in labels.TRAITS or said[d, k, v] > 1  # free text can name people
-            }
+            (d, self.name(f"{d}/{s}", "sub")): _capped(
+                {
+                    k: v
+                    for k, v in p.items()
+                    if _is_trait(k) or (spoken[d, k, v] > 1 if isinstance(v, str) else (d, k) not in numbers)
+                }
+            )
             for (d, s), p in found.participants.items()
         }
+        before = {k for p in found.participants.values() for k in p} | {k for s in found.sources for k in s.columns}
+        after = {k for p in participants.values() for k in p} | {k for s in sources for k in s.columns}
+        notes = [f"columns that could identify people left out: {', '.join(sorted(before - after))}"]
         rejected = [(self.key(key), path, code, "") for key, path, code, _ in found.rejected]
         return replace(
-            found, sources=sorted(sources, key=lambda s: s.key), participants=participants, rejected=rejected
+            found,
+            sources=sorted(sources, key=lambda s: s.key),
+            participants=participants,
+            rejected=rejected,
+            notes=[*found.notes, *(notes if before - after else [])],
         )
 
     @staticmethod
     def without_names(kept: list, parts: dict[str, dict]) -> list:
         """
-        Keep only event texts that stand in recordings of two subjects or more, because free text can name people.
+        Keep only event texts and facts that stand in recordings of two subjects or more, because these can name people.
 
         What is dropped here is dropped from `parts` too, so that it is nowhere in a finished cache.
         """
-        seen: dict[str, set] = {}
+        seen: dict[object, set] = {}
         for source, part, events in kept:
-            for label in {e.label for e in events} | {label for _, _, label, _ in part["events"]}:
-                seen.setdefault(label, set()).add((source.dataset, source.subject))
+            facts = {e.label for e in events} | {e[2] for e in part["events"]} | {*part["columns"].items()}
+            for fact in facts:
+                seen.setdefault(fact, set()).add((source.dataset, source.subject))
         clean = []
         for source, part, events in kept:
             common = [e for e in part["events"] if len(seen[e[2]]) > 1]
-            if len(common) < len(part["events"]):
-                part = parts[source.key] = {**part, "events": common}
+            columns = part["columns"]
+            if source.spec.kind == "eeg":
+                columns = _capped({k: v for k, v in columns.items() if _is_trait(k) or len(seen[k, v]) > 1})
+            if len(common) < len(part["events"]) or columns != part["columns"]:
+                part = parts[source.key] = {**part, "events": common, "columns": columns}
             clean.append((source, part, [e for e in events if len(seen[e.label]) > 1]))
         return clean
+
+
+def _is_trait(column: str) -> bool:
+    return column.lower() in labels.TRAITS
+
+
+def _capped(columns: dict[str, float | str]) -> dict[str, float | str]:
+    """Columns with ages over 89 as 90, because the oldest are few."""
+    return {k: min(v, 90.0) if k.lower() == "age" and isinstance(v, int | float) else v for k, v in columns.items()}
+
+
+def _numbers_given(spoken: Counter) -> set[tuple[str, str]]:
+    """
+    The columns (data set, name) of whole numbers that hardly two subjects share: record numbers, dates of birth, not measurements.
+
+    `spoken` counts the subjects of each (data set, column, value).
+    """
+    values: dict[tuple[str, str], dict] = {}
+    for (dataset, column, value), count in spoken.items():
+        if isinstance(value, int | float):
+            values.setdefault((dataset, column), {})[value] = count
+    return {
+        column
+        for column, counts in values.items()
+        if all(float(v).is_integer() for v in counts)
+        and 10 * sum(n == 1 for n in counts.values()) >= 9 * sum(counts.values())
+    }

@@ -414,6 +414,37 @@ def test_anonymised_cache_names_nobody(tmp_path):
     assert contents(cache) == (run("--source", raw, "--cache", cache, "--anonymise") and contents(cache))
 
 
+def test_numbers_that_are_given_to_people_are_anonymised_too(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    people = ["id\tnumber\tborn\tiq\tgroup\tthreshold"]
+    for i in range(5):
+        x_CT = noise_uv(np.random.default_rng(i), 3, 8 * 200)
+        facts = {"mrn": 880011 + i, "age": 88 + i, "gain": 24}
+        name = f"S00{4711 + i}_d201903{11 + i}_{91 + i}_{1 + i % 2}.mat"
+        scipy.io.savemat(raw / name, {"x": x_CT, "fs": 200, "labels": ["C3", "Cz", "C4"], "unit": "uV", **facts})
+        people.append(f"00{4711 + i}\t{77001 + i}\t{19870401 + i}\t{100 + i // 2}\t{i % 2}\t{0.25 + i / 7:.4f}")
+    (raw / "people.tsv").write_text("\n".join(people))
+    (raw / "dataset.toml").write_text(
+        """name = "small"
+pattern = '(?P<code>S(?P<subject>(?P<number>\\d+)))_d(?P<date>\\d+)_(?P<Age>\\d+)_(?P<block>\\d)\\.mat'
+[participants]
+file = "people.tsv"
+id = "id"
+"""
+    )
+    cache = tmp_path / "cache"
+    code, result, stderr = run("--source", raw, "--cache", cache, "--anonymise")
+    assert code == 0 and "could identify people left out: born, code, date, number" in stderr, stderr
+    assert result["notes"]["columns that could identify people left out"] == 1
+    labels = json.loads((cache / "labels.json").read_bytes())
+    assert {tuple(sorted(r["columns"])) for r in labels["recordings"].values()} == {("Age", "age", "block", "gain")}
+    assert {tuple(sorted(p)) for p in labels["participants"].values()} == {("group", "iq", "threshold")}
+    assert max(r["columns"][name] for r in labels["recordings"].values() for name in ("Age", "age")) == 90
+    parts = [store.read_part(path)["columns"] for path in cache.glob("*/parts/*.json")]
+    assert len(parts) == 5 and all(sorted(columns) == ["age", "gain"] for columns in parts)
+
+
 def test_a_cache_where_there_is_no_folder_yet_or_can_be_none(small, tmp_path):
     code, _, stderr = run("--source", small[0], "--cache", tmp_path / "not" / "there" / "yet", "--anonymise")
     assert code == 0, stderr
