@@ -18,7 +18,7 @@ from lib import channels
 from lib.errors import Rejected
 from lib.recordings import Event, ReadSpec, Recording, Segment, code_events, onset_of
 from lib.statements import ARBITRARY, settle_channels, settle_rate, settle_unit
-from lib.timestamps import read_clock
+from lib.timestamps import read_clock, read_dates
 
 TIMES = {"time", "times", "t", "timestamp", "timestamps", "time_stamp", "time_stamps", "lsl_timestamp", "seconds"}
 RATES = set(
@@ -199,11 +199,13 @@ def _apply_header(path: Path, table: Table, header: list[str], cells_TC: np.ndar
     units, names = zip(*map(_split_unit, header), strict=True)
     times = [i for i, name in enumerate(names) if name.lower().replace(" ", "_") in TIMES]
     markers = [i for i, name in enumerate(names) if channels.kind(name) == "stim" and i not in times]
-    if times and times[0] not in texts:
-        table.stamps_T, table.stamp_s = cells_TC[:, times[0]], STAMP_S.get(units[times[0]] or "")
+    if counted := [i for i in times if i not in texts]:
+        table.stamps_T, table.stamp_s = cells_TC[:, counted[0]], STAMP_S.get(units[counted[0]] or "")
+    elif times:
+        table.stamps_T, table.stamp_s = read_dates(texts[times[0]].tolist(), path.name), 1.0
     table.markers = [texts.get(i, cells_TC[:, i]) for i in markers]
     kept = [i for i, name in enumerate(names) if name and i not in texts and i not in times and i not in markers]
-    ignored = [names[i] for i in texts if i not in markers]
+    ignored = [names[i] for i in texts if i not in markers and i not in times]
     table.notes += [f"columns of text ignored: {', '.join(ignored)}"] if ignored else []
     if not kept:
         raise Rejected("no_signal", f"{path.name} has no column of samples: {', '.join(names)}")

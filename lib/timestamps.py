@@ -4,7 +4,9 @@ Sampling rate and gaps of a signal from the time stamps of its samples, which ji
 T samples, E events.
 """
 
+import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +16,9 @@ from lib.errors import Rejected
 from lib.recordings import Segment
 
 MISSING = 2.5  # samples: fewer are within what stamps are good for
+_DATE = re.compile(
+    r"(?:(\d{4}-\d\d-\d\d)[T ])?(\d\d:\d\d:\d\d(?:[.,]\d{1,9})?) ?(?:Z|(?:UTC)?([+-])(\d\d):?(\d\d))?", re.ASCII
+)
 LEVEL_S = 5.0  # lateness is judged over this long on either side of a jump: longer than hold-ups, too short for drift
 
 
@@ -67,6 +72,28 @@ def read_clock(stamps_T, name: str) -> Clock:
     if weight > 0:
         period_s = sum(float(n @ t_T[a:b]) for n, (a, b) in zip(numbers, spans, strict=True)) / weight
     return Clock(1 / period_s, [(a, b, float(t_T[a:b].mean()) - period_s * (b - a - 1) / 2) for a, b in spans])
+
+
+def read_dates(texts: Sequence[str], name: str) -> np.ndarray:
+    """
+    Seconds since the first of time stamps written as dates (ISO 8601, as `2024-01-01 12:00:00.004+01:00`) or times of day, float64 (T,).
+
+    Raises Rejected `time_stamps` for anything else, because 01/02/2024 may be January or February.
+    """
+    found = [_DATE.fullmatch(text.strip()) for text in texts]
+    if None in found:
+        wrong = found.index(None)
+        mend = "write seconds, or dates as 2024-01-31 12:00:00.004"
+        raise Rejected(
+            "time_stamps", f"{name}: {texts[wrong]!r} in row {wrong + 1} of the time column is not read: {mend}"
+        )
+    try:
+        local = np.array([f"{m[1] or '1970-01-01'}T{m[2].replace(',', '.')}" for m in found], "datetime64[ns]")
+    except ValueError as error:
+        raise Rejected("time_stamps", f"{name}: the time column holds a date that is none: {error}") from error
+    ahead_min = [int(f"{m[3]}1") * (60 * int(m[4]) + int(m[5])) if m[3] else 0 for m in found]
+    stamps = local - np.array(ahead_min, "timedelta64[m]")
+    return (stamps - stamps[0]).astype(np.float64) / 1e9
 
 
 def _edges(t_T: np.ndarray, period_s: float) -> list[int]:

@@ -1,6 +1,7 @@
 """Tables and archives: delimiters, headers, time and marker columns, which array is the signal, and what is refused."""
 
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import h5py
@@ -114,6 +115,37 @@ def test_time_in_other_units(tmp_path, x_TC):
     assert open_recording(path, ReadSpec(unit="uV")).rates_hz[0] == 250
     path = saved(tmp_path / "c.csv", ["time,Fp1,Cz,Oz", *rows(x_TC, ",", t_T[::-1])])
     assert code(path, ReadSpec(RATE, "uV")) == "time_order"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "%Y-%m-%d %H:%M:%S.%f",
+        "%Y-%m-%dT%H:%M:%S.%fZ",
+        "%Y-%m-%dT%H:%M:%S.%f+01:00",
+        "%H:%M:%S.%f",
+        '"%Y-%m-%d %H:%M:%S,%f"',
+        "%d/%m/%Y %H:%M:%S.%f",
+    ],
+)
+def test_time_as_dates(tmp_path, x_TC, written):
+    since_s = np.arange(len(x_TC)) / RATE + 5.0 * (np.arange(len(x_TC)) >= 1000)
+    start = datetime(2024, 1, 31, 12, 59, 58)
+    stamps = [(start + timedelta(seconds=s)).strftime(written) for s in since_s.tolist()]
+    path = saved(tmp_path / "a.csv", ["Time,Fp1,Cz,Oz", *rows(x_TC, ",", stamps)])
+    if "/" in written:
+        for spec in (ReadSpec(unit="uV"), ReadSpec(RATE, "uV")):
+            assert code(path, spec) == "time_stamps"
+        return
+    recording = open_recording(path, ReadSpec(unit="uV"))
+    assert recording.names == list(NAMES) and recording.rates_hz[0] == RATE
+    assert [(s.start, s.stop) for s in recording.segments] == [(0, 1000), (1000, 2000)]
+    assert recording.segments[1].onset_s == pytest.approx(1000 / RATE + 5, abs=2e-3)
+    assert code(path, ReadSpec(256, "uV")) == "rate_conflict"
+    saved(path, ["Time,t,Fp1,Cz,Oz", *rows(x_TC, ",", np.array(["soon"] * len(x_TC)), since_s)])
+    assert open_recording(path, ReadSpec(unit="uV")).rates_hz[0] == RATE  # a column of numbers wins
+    saved(path, ["Time,Fp1,Cz,Oz", *rows(x_TC, ",", np.array(["2024-02-31T00:00:00"] * len(x_TC)))])
+    assert code(path, ReadSpec(RATE, "uV")) == "time_stamps"
 
 
 def test_empty_cells_text_and_ragged_rows(tmp_path, x_TC):
