@@ -8,6 +8,7 @@ T samples, C channels, N snapshots.
 """
 
 import csv
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from lib import channels
 from lib.errors import Rejected
+from lib.labels import MISSING, decode
 from lib.recordings import Event, ReadSpec, Recording, Segment, code_events, onset_of
 from lib.statements import ARBITRARY, settle_channels, settle_rate, settle_unit
 from lib.timestamps import read_clock, read_dates
@@ -25,7 +27,12 @@ RATES = set(
     "rate rate_hz fs sf sfreq srate samplingrate sampling_rate sample_rate samplerate sampling_frequency".split()
 )
 NAMES = {"channels", "channel_names", "ch_names", "chnames", "labels", "sensors", "electrodes"}
-STAMP_S = {"s": 1.0, "sec": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+STAMP_S = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "milliseconds": 1e-3}
+STAMP_S |= dict.fromkeys(("us", "µs", "usec", "microseconds"), 1e-6)
+# `time [ms]`, `timestamp_us`, OpenViBE's `Time:256Hz`
+_TIME = re.compile(
+    rf"({'|'.join(TIMES)})(?:_?[\[(](?P<in>\S+)[\])]|_(?P<of>{'|'.join(STAMP_S)})|:\d+hz)?", re.IGNORECASE
+)
 STEADY = 4  # time is the axis that is this many times longer than the other
 
 
@@ -113,9 +120,11 @@ class Layout:
         return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=self.delimiter)]
 
     def number(self, cell: str) -> float | None:
-        """A cell as a number, NaN if it is empty, None if it is text."""
+        """A cell as a number, NaN if it is empty or says that it is missing, None if it is text."""
+        if cell.lower() in MISSING:
+            return math.nan
         try:
-            return float((cell.replace(",", ".") if self.decimal_comma else cell) or "nan")
+            return float(cell.replace(",", ".") if self.decimal_comma else cell)
         except ValueError:
             return None
 
@@ -138,13 +147,9 @@ def _layout(lines: list[str]) -> Layout:
 
 def _read_text(path: Path, spec: ReadSpec) -> Table:
     """A CSV or TXT file: delimiter found, header row recognised, time and markers told from channels by their names."""
-    data = path.read_bytes()
-    if b"\0" in data[:4096]:
+    text = decode(path)
+    if "\0" in text[:4096]:
         raise Rejected("not_text", f"{path.name} holds bytes that are no text")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
     lines = [line for line in text.splitlines() if line.strip() and line.lstrip()[0] not in "#%"]
     if not lines:
         raise Rejected("no_data", f"{path.name} has no rows")
@@ -197,10 +202,11 @@ def _parse(path: Path, lines: list[str], layout: Layout, notes: list[str]) -> tu
 def _apply_header(path: Path, table: Table, header: list[str], cells_TC: np.ndarray, texts: dict) -> None:
     """Sort columns into time, markers and channels by their names."""
     units, names = zip(*map(_split_unit, header), strict=True)
-    times = [i for i, name in enumerate(names) if name.lower().replace(" ", "_") in TIMES]
+    found = {i: m for i, cell in enumerate(header) if (m := _TIME.fullmatch(cell.replace(" ", "_")))}
+    times = list(found)
     markers = [i for i, name in enumerate(names) if channels.kind(name) == "stim" and i not in times]
     if counted := [i for i in times if i not in texts]:
-        table.stamps_T, table.stamp_s = cells_TC[:, counted[0]], STAMP_S.get(units[counted[0]] or "")
+        table.stamps_T, table.stamp_s = cells_TC[:, counted[0]], _stamp_s(found[counted[0]])
     elif times:
         table.stamps_T, table.stamp_s = read_dates(texts[times[0]].tolist(), path.name), 1.0
     table.markers = [texts.get(i, cells_TC[:, i]) for i in markers]
@@ -214,6 +220,11 @@ def _apply_header(path: Path, table: Table, header: list[str], cells_TC: np.ndar
     if len(stated) > 1:
         raise Rejected("unit_conflict", f"{path.name} has columns in {', '.join(stated)}")
     table.unit = stated[0] if stated else None
+
+
+def _stamp_s(header: re.Match) -> float | None:
+    """What a time column counts in, in seconds, if its header says so."""
+    return STAMP_S.get((header["in"] or header["of"] or "").lower())
 
 
 def _split_unit(cell: str) -> tuple[str | None, str]:

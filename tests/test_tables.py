@@ -148,6 +148,25 @@ def test_time_as_dates(tmp_path, x_TC, written):
     assert code(path, ReadSpec(RATE, "uV")) == "time_stamps"
 
 
+@pytest.mark.parametrize("name, per_s", [("time_ms", 1e3), ("Timestamp (microseconds)", 1e6), ("Time:250Hz", 1)])
+def test_time_columns_by_other_names(tmp_path, x_TC, name, per_s):
+    t_T = (np.arange(len(x_TC)) / RATE + 5.0 * (np.arange(len(x_TC)) >= 1000)) * per_s
+    stamps = [f"{t:.3f}" for t in t_T]
+    path = saved(tmp_path / "a.csv", [f"{name},index,Epoch,ch1,ch2,ch3", *rows(x_TC, ",", stamps, t_T, t_T)])
+    recording = open_recording(path, ReadSpec(unit="uV"))
+    assert recording.rates_hz[0] == RATE and len(recording.segments) == 2  # not a channel, and its gap is one
+    assert recording.kinds == ["misc", "misc", "unknown", "unknown", "unknown"]
+
+
+def test_missing_cells_and_encodings(tmp_path, x_TC):
+    lines = ["Fp1,Cz,Oz", *rows(x_TC)]
+    lines[7], lines[9] = "NA,1,2", "n/a,,3"
+    for encoding in ("utf-8", "utf-16"):
+        x_CT = open_recording(saved(tmp_path / "a.csv", lines, encoding), ReadSpec(RATE, "uV")).read([0, 1, 2])
+        assert np.argwhere(np.isnan(x_CT)).tolist() == [[0, 6], [0, 8], [1, 8]], encoding
+    assert code(saved(tmp_path / "a.csv", lines, "utf-16-le"), ReadSpec(RATE, "uV")) == "not_text"
+
+
 def test_empty_cells_text_and_ragged_rows(tmp_path, x_TC):
     lines = rows(x_TC)
     lines[5] = "1.5,,3.5"
