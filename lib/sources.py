@@ -191,6 +191,7 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
         sources = _apply_rule(rule, sources, all(part.whole for part in parts), found)
     _check_splits(sources)
     subjects = {s.subject for s in sources}
+    found.notes += _alike(subjects, name)
     if 0 < len(subjects) < len(SPLITS) and not any(s.split for s in sources):
         found.notes.append(f"all subjects are train: {name} has {len(subjects)}, too few to split")
     _read_participants(parts, subjects, found)
@@ -473,6 +474,16 @@ def _check_splits(sources: list[Source]) -> None:
                 f"subject {s.subject!r} of {s.dataset} is both in {splits[s.subject]} and {s.split} ({s.path}): "
                 "a subject has one split; move its files or state [split] in a dataset.toml"
             )
+
+
+def _alike(subjects: set[str], dataset: str) -> list[str]:
+    """A note where subjects differ in case or leading zeros alone: if they are one person, this one may be in two splits."""
+    folded: dict[str, list[str]] = {}
+    for subject in sorted(subjects):
+        folded.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", subject.casefold()), []).append(subject)
+    groups = [" and ".join(group) for group in folded.values() if len(group) > 1]
+    mend = "if they are one, rename them under [values.subject] of a dataset.toml"
+    return [f"subjects that may be one person: {'; '.join(groups[:3])} of {dataset}; {mend}"] if groups else []
 
 
 def _read_participants(parts: list[Dataset], subjects: set[str], found: Discovery) -> None:

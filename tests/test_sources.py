@@ -399,6 +399,18 @@ def test_subjects_are_guessed_from_names_and_said_to_be(tmp_path):
     assert sum("subjects guessed" in n and "pattern" in n for n in found.notes) == 2
 
 
+def test_subjects_that_differ_in_case_or_zeros_are_said_to_be_alike(tmp_path):
+    for name in ("S01/a.edf", "s1/b.edf", "S10/c.edf", "S100/d.edf", "S2/e.edf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    notes = [n for n in discover([tmp_path]).notes if n.startswith("subjects that may be one person")]
+    assert len(notes) == 1 and "S01 and s1 of" in notes[0]
+    (tmp_path / "dataset.toml").write_text("pattern = '(?P<subject>s\\d+)/.\\.edf'\n[values.subject]\ns1 = 'S01'\n")
+    found = discover([tmp_path])
+    assert {s.subject for s in found.sources} == {"S01", "S10", "S100", "S2"}
+    assert not any(n.startswith("subjects that may be one") for n in found.notes)
+
+
 def test_initials_count_only_if_all_have_them(tmp_path):
     plant(tmp_path / "all", "S001/S001R01.edf", "S002/S002R01.edf")
     assert [s.subject for s in discover([tmp_path / "all"]).sources] == ["S001", "S002"]
