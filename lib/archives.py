@@ -55,9 +55,9 @@ def _flat(content: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _sorted_out(content: dict, table: Table) -> tuple[dict, dict]:
-    """(arrays of two or more axes, arrays of one), after everything that speaks about the signal went into the table."""
-    blocks, vectors = {}, {}
+def _sorted_out(path: Path, content: dict, table: Table, spec: ReadSpec) -> tuple[dict, dict]:
+    """(arrays of two or more axes, arrays of one), after everything that speaks about the signal went into the table. Raises Rejected."""
+    blocks, vectors, rates_hz, units = {}, {}, set(), set()
     for full_name, value in content.items():
         name = full_name.rsplit("/", 1)[-1]
         if isinstance(value, list) and not all(isinstance(v, str | float | int) for v in value):
@@ -66,11 +66,11 @@ def _sorted_out(content: dict, table: Table) -> tuple[dict, dict]:
         if array.dtype.kind in "SUO" and array.size:
             texts = [v.decode() if isinstance(v, bytes) else str(v) for v in np.ravel(array[()])]
             table.names = [t.strip() for t in texts] if name.lower() in NAMES else table.names
-            table.unit = texts[0] if name.lower() in UNITS else table.unit
+            units |= {t.strip() for t in texts} - {""} if name.lower() in UNITS else set()
         elif array.dtype.kind in "fiub" and array.size == 1:
             number = float(np.ravel(array[()])[0])
             if name.lower() in RATES:
-                table.rate_hz = number
+                rates_hz.add(number)
             elif math.isfinite(number):  # a fact that isn't known is no fact, and JSON couldn't hold it
                 table.columns["rpm" if name.lower().endswith("rpm") else name] = number
         elif array.dtype.kind in "fiu" and array.size:
@@ -79,13 +79,20 @@ def _sorted_out(content: dict, table: Table) -> tuple[dict, dict]:
                 blocks[name] = array if len(wide) == array.ndim else np.asarray(array).reshape(wide)
             else:
                 vectors[name] = np.ravel(array[()])
+    if len(units) > 1:
+        raise Rejected("unit_conflict", f"{path.name} has arrays in {', '.join(sorted(units))}")
+    if len(rates_hz) > 1 and spec.rate_hz not in rates_hz:
+        listed = " and ".join(f"{hz:g}" for hz in sorted(rates_hz))
+        raise Rejected("rate_conflict", f"{path.name} says {listed} Hz: state rate_hz in dataset.toml")
+    table.unit = next(iter(units), None)
+    table.rate_hz = spec.rate_hz if len(rates_hz) > 1 else next(iter(rates_hz), None)
     return blocks, vectors
 
 
 def _choose(path: Path, content: dict, spec: ReadSpec) -> Table:
     """Which of the arrays is the signal, and what the others say about it."""
     table = Table(None)
-    blocks, vectors = _sorted_out(content, table)
+    blocks, vectors = _sorted_out(path, content, table, spec)
     stamps = {n: v for n, v in vectors.items() if n.lower() in TIMES}
     codes = {n: v for n, v in vectors.items() if channels.kind(n) == "stim"}
     rest = {n: v for n, v in vectors.items() if n not in stamps and n not in codes}

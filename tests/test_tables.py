@@ -247,6 +247,17 @@ def test_positions_of_electrodes_are_no_signal(tmp_path, x_TC, dtype):
     assert open_recording(tmp_path / "b.npz").samples == 300  # alone it may be short and narrow
 
 
+def test_archives_that_contradict_themselves(tmp_path, x_TC):
+    path, says = tmp_path / "a.npz", {"x": x_TC, "ch_names": NAMES}
+    np.savez(path, **says, fs=RATE, sfreq=500, unit="uV")
+    assert code(path) == "rate_conflict" == code(path, rate_hz=125)
+    assert open_recording(path, ReadSpec(RATE)).rates_hz[0] == RATE
+    np.savez(path, **says, fs=RATE, units=["uV", "uV", "mV"])
+    assert code(path) == "unit_conflict"
+    np.savez(path, **says, fs=RATE, sfreq=RATE, units=["uV"] * 3)
+    assert np.allclose(open_recording(path).read([2]), x_TC.T[[2]], atol=1e-5)
+
+
 def test_yml_beside_it(tmp_path, x_TC):
     path = tmp_path / "a.npy"
     np.save(path, x_TC)
