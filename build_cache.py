@@ -158,6 +158,7 @@ def prepare(
     Raises Rejected with the code under which the recording is quarantined.
     """
     notes: list[str] = []
+    extra = channels.reference_channels(signal["reference"], recording.names)
     picked = channels.select(
         recording.names,
         recording.kinds,
@@ -165,9 +166,9 @@ def prepare(
         stated=spec.channels is not None,
         max_missing=0 if signal["missing"] == "reject" else None,
         identical=lambda a, b: np.array_equal(recording.read([a]), recording.read([b])),
+        reference=extra,
     )
     present = [c for c, i in enumerate(picked.indices) if i >= 0]
-    extra = channels.reference_channels(signal["reference"], recording.names)
     wanted = [picked.indices[c] for c in present] + [i for i in extra if i not in picked.indices]
     rates = sorted({recording.rates_hz[i] for i in wanted})
     if len(rates) > 1:

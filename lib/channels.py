@@ -126,12 +126,14 @@ def select(
     stated: bool = False,
     max_missing: int | None = None,
     identical: Callable[[int, int], bool] = lambda a, b: False,
+    reference: Sequence[int] = (),
 ) -> Selection:
     """
     The channels of one recording under a profile (`all`, a key of PROFILES, or comma-separated names), in canonical order.
 
     `stated`: the user gave the names (dataset.toml), so unknown ones are wanted too. `max_missing` overrides the profile's.
     `identical(i, j)`: whether two channels of the same name hold the same samples, so that the second can be left out.
+    `reference` is what will be subtracted: one electrode alone is nothing but zeros then, and none of `all`.
     Raises Rejected: `no_eeg_channels`, `ambiguous_channel`, `missing_channel`.
     """
     caps = is_biosemi(names)
@@ -144,6 +146,8 @@ def select(
             usable[i] = False
 
     if profile == "all":
+        if len(reference) == 1:
+            usable[reference[0]] = False
         eyes = ("E1", "E2") if are_eyes(names) and not stated else ()
         candidates = [i for i in range(len(names)) if usable[i] and canon[i] and canon[i] not in eyes]
         # names that say nothing (BioSemi caps, `ch1`, `EEG 001`) are taken where the user gave them, or where no electrode is known

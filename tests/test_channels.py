@@ -142,3 +142,11 @@ def test_reference_channels():
     assert channels.reference_channels("average", ["C3"]) == []
     with pytest.raises(Rejected, match="missing_reference"):
         channels.reference_channels("Fz", ["C3"])
+
+
+def test_a_lone_reference_is_no_channel_of_all():
+    names = ["Fz", "Cz", "A1", "A2"]
+    kinds = [channels.kind(name) for name in names]
+    assert "Cz" not in channels.select(names, kinds, "all", reference=[1]).names
+    assert {"A1", "A2"} < set(channels.select(names, kinds, "all", reference=[2, 3]).names)
+    assert channels.select(names, kinds, "Fz,Cz", reference=[1]).names == ("Fz", "Cz")
