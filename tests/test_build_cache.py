@@ -5,6 +5,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -291,7 +292,9 @@ def test_two_builders_do_not_meet(tmp_path):
     while not (lock.exists() and lock.read_text()):
         assert first.poll() is None
         time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # or it may have ended before the second has begun
     code, _, stderr = run("--source", raw, "--cache", tmp_path / "cache")
+    first.send_signal(signal.SIGCONT)
     assert code == 2 and f"process {first.pid}" in stderr
     assert first.wait(timeout=120) == 0
     assert run("--action", "verify", "--cache", tmp_path / "cache")[0] == 0
