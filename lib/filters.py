@@ -300,6 +300,7 @@ class Causal:
                 scipy.signal.butter(4, low or high, "highpass" if low else "lowpass", fs=rate_hz, output="sos")
             )
         self.sos = np.concatenate(sections) if sections else None
+        self.settled_S2 = None if self.sos is None else scipy.signal.sosfilt_zi(self.sos)  # by a constant 1
         self.channels, self.up, self.down, self.delay_s = channels, 1, 1, 0.0
         if not same_rate(out_hz, rate_hz):
             ratio = Fraction(out_hz / rate_hz).limit_denominator(20_000)  # 10000/17361 for 173.61 Hz
@@ -335,7 +336,7 @@ class Causal:
     def _chunk(self, x_CT: np.ndarray) -> np.ndarray:
         if self.sos is not None:
             if self.sections is None:
-                self.sections = plain.Sections(self.sos, scipy.signal.sosfilt_zi(self.sos)[:, :, None] * x_CT[:, 0])
+                self.sections = plain.Sections(self.sos, self.settled_S2[:, :, None] * x_CT[:, 0])
             x_CT = self.sections(x_CT)
         return x_CT if self.up == self.down else self.resample(x_CT)
 

@@ -11,7 +11,7 @@ anew and everything is invalid until the filter has settled.
 Shapes: C announced or filtered channels, T samples of the producer, K samples at the model's rate.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -240,7 +240,8 @@ class Intake:
         if gap > 0:
             self.counts["lost"] += gap
         if 0 < gap and self.run + gap <= self.hold:
-            self._hold(np.repeat(self.last_C[:, None], gap, axis=1), "gap", windows)
+            self._hold(self.inputs, gap, "gap")
+            self._filter(np.repeat(self.last_C[:, None], gap, axis=1), windows)
         else:
             if gap < 0:
                 self.origin = seq  # the one before was of another count, and may lie hours ahead in this one
@@ -256,21 +257,19 @@ class Intake:
         self.base, self.run, self.why = seq, 0, reason  # run: how many samples in a row were held
         self.raw_base = self.raw.total
         settle = round(self.path.settle_s * self.out_hz)
-        self.marks: list[list] = [[0, settle, reason]] if settle else []  # outputs that are not to be trusted
+        self.marks = deque([[0, settle, reason]] if settle else [])  # outputs that are not to be trusted, in order
         self.next = max(round((self.origin - seq) * self.out_hz / self.layout.rate_hz), 0)
 
-    def _hold(self, x_CT: np.ndarray, reason: str, windows: list[Window]) -> None:
-        """Filter samples that stand for others."""
-        first = self.inputs
-        self.run += x_CT.shape[1]
+    def _hold(self, first: int, count: int, reason: str) -> None:
+        """Samples that stand for others, from input `first` on: outputs that they reach are not to be trusted."""
+        self.run += count
         self.why = reason
-        self.counts["held"] += x_CT.shape[1]
-        mark = [first * self.up // self.down, (first + x_CT.shape[1] - 1 + self.reach) * self.up // self.down + 1]
+        self.counts["held"] += count
+        mark = [-(-first * self.up // self.down), (first + count - 1 + self.reach) * self.up // self.down + 1, reason]
         if self.marks and self.marks[-1][2] == reason and self.marks[-1][1] >= mark[0]:
             self.marks[-1][1] = max(mark[1], self.marks[-1][1])
         else:
-            self.marks.append([*mark, reason])
-        self._filter(x_CT, windows)
+            self.marks.append(mark)
 
     def _filter_doubtful(self, x_CT: np.ndarray, windows: list[Window]) -> None:
         """A chunk that may hold samples that can't be: hold them, and begin anew where too many in a row were held."""
@@ -285,15 +284,20 @@ class Intake:
             x_CT[...] = np.where(place_CT < 0, self.last_C[:, None], np.take_along_axis(x_CT, place_CT.clip(0), 1))
         kind_T = np.where(nan_CT.any(0), 2, bad_T)
         edges = [0, *(np.flatnonzero(np.diff(kind_T)) + 1).tolist(), len(kind_T)]
-        for a, b in zip(edges, edges[1:], strict=False):
-            if kind_T[a]:
-                self._hold(x_CT[:, a:b], ("saturated", "nan")[kind_T[a] - 1], windows)
+        kinds, begin = kind_T[edges[:-1]].tolist(), 0  # of the samples that are still to be filtered
+        # a broken producer's runs are a sample each: only starts may cut what is filtered, or they would hold up all streams
+        for kind, a, b in zip(kinds, edges, edges[1:], strict=False):
+            inputs = self.inputs + a - begin
+            if kind:
+                self._hold(inputs, b - a, ("saturated", "nan")[kind - 1])
                 continue
             # nothing but held samples yet: what they were held at is not this electrode's offset
-            if self.run > self.hold or 0 < self.run == self.inputs:
+            if self.run > self.hold or 0 < self.run == inputs:
+                self._filter(x_CT[:, begin:a], windows)
                 self._start(self.expected - len(kind_T) + a, self.why)
+                begin = a
             self.run = 0
-            self._filter(x_CT[:, a:b], windows)
+        self._filter(x_CT[:, begin:], windows)
 
     @property
     def inputs(self) -> int:
@@ -338,8 +342,9 @@ class Intake:
 
     def _window(self, first: int, stop: int, x_CT: np.ndarray) -> Window:
         """With its place in the producer's count, and whether it is to be trusted."""
-        self.marks = [m for m in self.marks if m[1] > first] if self.marks and self.marks[0][1] <= first else self.marks
-        reason = next((why for a, b, why in self.marks if a < stop and b > first), None)
+        while self.marks and self.marks[0][1] <= first:
+            self.marks.popleft()
+        reason = self.marks[0][2] if self.marks and self.marks[0][0] < stop else None
         start, stop = first * self.down // self.up, (stop - 1) * self.down // self.up + 1
         if reason is None and self._still(start, stop):
             reason = "flat"

@@ -255,6 +255,20 @@ def test_too_long_a_run_of_bad_samples_starts_the_filter_anew():
     assert all(np.array_equal(a.x_CT, b.x_CT) for a, b in zip(after, fresh, strict=True))
 
 
+@pytest.mark.parametrize("rate_hz", [None, 100.0])
+def test_bad_samples_here_and_there_are_filtered_in_pieces_and_the_same_as_one_by_one(rate_hz, monkeypatch):
+    x_TC = signal(16)
+    x_TC[400:2000:3, 3], x_TC[401:1999:3, 5] = np.nan, 2e6
+    x_TC[3000:3026, 0] = np.nan  # 104 ms: a new start
+    one, whole = (Intake(LAYOUT, replace(PATH, rate_hz=rate_hz)) for _ in range(2))
+    expected, calls = feed(one, x_TC, (1,)), []
+    process = whole.causal.process
+    monkeypatch.setattr(whole.causal, "process", lambda x_CT: (calls.append(x_CT.shape[1]), process(x_CT))[1])
+    assert_same(whole.push(0, x_TC), expected)
+    assert whole.counts == one.counts and whole.counts["held"] == 534 + 533 + 26
+    assert len(calls) <= len(x_TC) / whole.piece + 3  # a call per bad sample held up all streams for seconds
+
+
 @pytest.mark.parametrize("value", [np.nan, -2e6])
 @pytest.mark.parametrize("channels", [slice(None), slice(3, 4)])
 def test_bad_samples_at_the_start_are_not_taken_for_the_electrodes_offset(channels, value):
