@@ -22,6 +22,7 @@ from lib.errors import Rejected, Unusable
 from lib.producer import Persistent, orphaned, reaching
 from lib.recordings import code_label
 from lib.statements import settle_channels, settle_rate, settle_unit
+from lib.vitals import Seldom
 
 SCOPES = {  # liblsl's configuration; `network` leaves it to LSLAPICFG and lsl_api.cfg
     "machine": """
@@ -47,26 +48,33 @@ TRACK_S = 5.0  # how fast the device's own rate is followed
 HOLD_S = 0.15  # samples after a jump wait this long: if they only came late, the next ones soon don't
 BACK_S = 0.5  # stamps that go back by more are of another clock
 RESET_S = 1.0  # what is left out in seq then, so that the service begins anew
+FAR_S = 1e10  # 300 years: no clock says that
 
 
 class Stamps:
     """
     From time stamps to sample numbers, as they come: a line that follows the stamps, and jumps away from it, which are gaps.
 
-    A hold-up looks like a gap at first, so that what follows a jump is held until the stamps have stayed late for HOLD_S.
+    A hold-up looks like a gap at first, so that what follows a jump is held until the stamps have stayed late for HOLD_S. A stamp that
+    is no time (NaN, infinite) is replaced by what follows from the one before; samples before the first good stamp are left out.
     """
 
     def __init__(self, rate_hz: float):
         self.period_s, self.seq, self.counts = 1 / rate_hz, 0, Counter()
         self._due_s: float | None = None  # where the next sample's stamp should be
+        self._last_s: float | None = None  # the last stamp
         self._jitter_s = 0.0
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
 
     def push(self, stamps_T: np.ndarray, x_TC: np.ndarray) -> list[tuple[int, float, np.ndarray]]:
         """What is ready: (seq of the first sample, stamp of the last, x_TC), in order; a gap is missing in seq."""
         ready: list[tuple[int, float, np.ndarray]] = []
-        if self._due_s is None and len(stamps_T):
+        stamps_T, x_TC = self._possible(stamps_T, x_TC)
+        if not len(stamps_T):
+            return ready
+        if self._due_s is None:
             self._due_s = float(stamps_T[0])
+        self._last_s = float(stamps_T[-1])
         jumps = np.flatnonzero(abs(np.diff(stamps_T) - self.period_s) > self._tolerance_s()) + 1
         for start, stop in zip([0, *jumps], [*jumps, len(stamps_T)], strict=True):
             if start < stop:
@@ -85,6 +93,21 @@ class Stamps:
         if self._held:
             self._settle(ready)
         return ready
+
+    def _possible(self, stamps_T: np.ndarray, x_TC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stamps that are times, and their samples."""
+        good_T = np.abs(stamps_T) < FAR_S
+        if good_T.all():
+            return stamps_T, x_TC
+        self.counts["impossible_stamps"] += int((~good_T).sum())
+        if self._last_s is None:
+            first = int(good_T.argmax()) if good_T.any() else len(good_T)
+            stamps_T, x_TC, good_T = stamps_T[first:], x_TC[first:], good_T[first:]
+        place_T = np.maximum.accumulate(
+            np.where(good_T, np.arange(len(good_T)), -1)
+        )  # of the last good one; -1: before
+        last_T = np.where(place_T < 0, self._last_s or 0.0, stamps_T[place_T])
+        return last_T + self.period_s * (np.arange(len(good_T)) - place_T), x_TC
 
     def _tolerance_s(self) -> float:
         return max(MISSING * self.period_s, min(JITTERS * self._jitter_s, BACK_S / 2))
@@ -263,7 +286,7 @@ class Bridge:
         """Send samples and markers until `going` ends it or the outlet comes back as something else."""
         self.say(f"LSL stream {self.name}: {len(layout.names)} channels at {layout.rate_hz:g} Hz")
         stamps, factor_C, columns = Stamps(layout.rate_hz), np.array(layout.factors, np.float32), list(layout.columns)
-        before = Counter()
+        before, news, seldom = Counter(), Counter(), Seldom()
         while going(self.totals):
             try:
                 x_TC, stamps_T = self._inlet.pull_chunk(WAIT_S, 1024, as_numpy=True, min_samples=1)
@@ -277,16 +300,16 @@ class Bridge:
                 continue
             self._pull_markers()
             x_TC = np.asarray(x_TC, np.float32).reshape(len(stamps_T), layout.count)[:, columns] * factor_C
-            ready = stamps.push(np.asarray(stamps_T, np.float64), x_TC) if len(stamps_T) else []
+            ready = stamps.push(np.asarray(stamps_T, np.float64), x_TC)
             self._deliver(link, stamps, ready)
             link.keep_alive()
-            new = stamps.counts - before
-            if new:
-                self.totals.update(new)
-                before = stamps.counts.copy()
-                self.say(
-                    f"LSL stream {self.name}: " + ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in new.items())
-                )
+            new, before = stamps.counts - before, stamps.counts.copy()
+            self.totals.update(new)
+            news.update(new)
+            if news and seldom("news") is not None:
+                words = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in news.items())
+                self.say(f"LSL stream {self.name}: {words}")
+                news.clear()
 
     def _open(self, info) -> None:
         inlet = self.pylsl.StreamInlet(
@@ -316,9 +339,11 @@ class Bridge:
                 self._gone.add(uid)
                 del self._markers[uid]
                 continue
-            self._queue += [
-                (stamp, code) for stamp, value in zip(stamps, values, strict=True) if (code := _code(value))
-            ]
+            for stamp, value in zip(stamps, values, strict=True):
+                if not abs(stamp) < FAR_S:
+                    self.totals["markers_without_time"] += 1
+                elif code := _code(value):
+                    self._queue.append((stamp, code))
 
     def _deliver(self, link: Persistent, stamps: Stamps, ready: list) -> None:
         """Send what is ready, every marker before the chunk that holds its sample, if it is known by then."""

@@ -82,6 +82,21 @@ def test_a_clock_that_goes_back_makes_the_service_begin_anew():
     assert stamps.seq_of(3 + 499 / RATE_HZ) == seq_T[-1]
 
 
+@pytest.mark.parametrize("stamp", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("first, last", [(100, 101), (100, 300), (0, 9), (499, 500)])
+def test_a_stamp_that_is_no_time_is_counted_and_its_sample_follows_the_one_before(first, last, stamp):
+    true_T = 1000 + np.arange(500) / RATE_HZ
+    stamps_T = true_T.copy()
+    stamps_T[first:last] = stamp
+    stamps, sent = lsl.Stamps(RATE_HZ), []
+    for i in range(0, 500, 8):
+        sent += stamps.push(stamps_T[i : i + 8], np.arange(500)[i : i + 8, None])
+    x_T = np.concatenate([x_TC[:, 0] for *_, x_TC in sent])
+    assert stamps.counts == {"impossible_stamps": last - first}
+    assert x_T.tolist() == list(range(last if first == 0 else 0, 500)) and stamps.seq == len(x_T)
+    np.testing.assert_allclose([t for _, t, _ in sent], [true_T[x_TC[-1, 0]] for *_, x_TC in sent], atol=1e-6)
+
+
 def test_markers_belong_to_the_sample_of_their_stamp():
     stamps_T = np.r_[10 + np.arange(1000) / RATE_HZ, 15 + np.arange(1000) / RATE_HZ]
     stamps = lsl.Stamps(RATE_HZ)
@@ -180,6 +195,7 @@ def test_an_outlet_that_is_killed_and_restarted_leaves_a_gap_and_its_markers_fin
             bridge.until("LSL markers from")
             peer.until(lambda p: sum(len(c.x_TC) for c in p.chunks()) == 400)
             events.line("consumers")
+            events.mark("when", float("nan"))
             events.mark("left hand", t0 + 300 / RATE_HZ)
             peer.until(lambda p: p.events())
             outlet.kill()
@@ -199,6 +215,7 @@ def test_an_outlet_that_is_killed_and_restarted_leaves_a_gap_and_its_markers_fin
             assert len(peer.hellos) == 1  # the connection to the service outlived the outlet
             outlet.kill()
             bridge.until('"samples": 800')
+            assert any('"markers_without_time": 1' in line for line in bridge.said)
             assert bridge.process.wait(300) == 0
         finally:
             for one in (outlet, events):
