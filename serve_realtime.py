@@ -54,6 +54,7 @@ class Config:
     tls_cert: Path | None = None  # PEM; with --tls-key, peers speak TLS
     tls_key: Path | None = None  # PEM
     tls_ca: Path | None = None  # PEM that vouches for the servers of --connect and --to; none: plain TCP
+    silence_s: float = 60.0  # a producer that sends nothing for so long is closed, s; a ping is enough
     # what predicts
     models: Path | None = None  # a saved session or pipeline, or a training run; none: every prediction is null
     acausal: bool = False  # serve a model that was trained on a zero-phase cache all the same
@@ -118,7 +119,7 @@ class Limits:
     accept_burst: int = 100
     hello_s: float = 2.0  # for a first line
     tls_s: float = 5.0  # for a TLS handshake
-    silence_s: float = 15.0  # of a producer; a ping is enough
+    silence_s: float = 60.0  # of a producer: --silence-s
     stall_s: float = 10.0  # of a peer that takes nothing
     slots: int = 2  # windows of a stream that wait, the newest
     drain_s: float = 1.0  # at the end for windows, and again for consumers
@@ -586,7 +587,7 @@ class Service:
             for peer in [p for p in self.peers if p.role == "producer"]:
                 peer.quiet_s += turn_s
                 if peer.quiet_s > self.limits.silence_s:
-                    why = f"nothing for {self.limits.silence_s:g} s; ping now and then"
+                    why = f"nothing came for {self.limits.silence_s:g} s (--silence-s): send a ping now and then"
                     peer.end("silent", wire.error("silent", why))
             if (budget := self.budget()) > HIGH_BUDGET:
                 self.complain("budget", f"predicting takes {budget:.0%} of the time between windows")
@@ -608,7 +609,7 @@ class Service:
 
 async def serve(cfg: Config, pipeline: Any, table: states.Table) -> tuple[dict, bool]:
     """Run until a signal, or until the replay it started has ended: totals, and whether Ctrl-C ended it. Raises Unusable."""
-    service = Service(cfg, pipeline, table)
+    service = Service(cfg, pipeline, table, Limits(silence_s=cfg.silence_s))
     stop, caught = asyncio.Event(), []
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda number=number: (caught.append(number), stop.set()))
@@ -668,7 +669,7 @@ def main(cfg: Config) -> dict | None:
     """Serve, or be one of the processes that talk to a service."""
     command.check_signs(
         cfg,
-        positive="window_s stride_s",
+        positive="window_s stride_s silence_s",
         not_negative="settle_s partial_fit collect_s speed seconds seed chunk wait event_s transport_min lines",
     )
     journal.start(cfg.log_level, cfg.log_file)

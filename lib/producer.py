@@ -21,7 +21,7 @@ from lib.errors import Failed, Unusable
 
 CHUNK_S = 0.04  # what goes together in a chunk where nothing is stated
 PING_SAMPLES = 64  # as fast as acknowledged: between two pings, and as many on their way; less than a step of windows
-IDLE_S = 5.0  # of silence, after which the service is pinged; it closes a producer that says nothing for 15 s
+IDLE_S = 5.0  # of silence, after which the service is pinged; it closes a producer that says nothing for --silence-s
 TIMEOUT_S = 300.0  # for an answer, which can wait for a fit, or for the service to take what is sent
 PARENT_VARIABLE = "BERGER_PARENT"  # process id of the service that started this source, if one did
 CLOSE_S = 2.0  # for the service to close too

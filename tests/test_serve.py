@@ -462,6 +462,17 @@ async def test_half_open_peers_are_closed():
         await until(service, lambda stats: stats["closed"].get("silent") == 3)
 
 
+def test_how_long_a_producer_may_send_nothing_is_a_flag_and_longer_than_usual_chunks():
+    assert Config().silence_s == Limits().silence_s >= 60
+    process, ready = start("--silence-s", "0.5")
+    with socket.create_connection(sockets.address(ready["listen"], "")) as link:
+        link.sendall(wire.handshake("amp", "producer", None, STREAM))
+        said = [json.loads(line) for line in link.makefile()]
+    process.terminate()
+    finish(process)
+    assert said[-1]["code"] == "silent" and "nothing came for 0.5 s (--silence-s)" in said[-1]["message"]
+
+
 @served
 async def test_resets_and_torn_frames_are_counted():
     async with serving(limits=PATIENT) as service:
@@ -879,7 +890,7 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(flags, said):
 
 
 @pytest.mark.parametrize(
-    "name", ["settle_s", "collect_s", "speed", "seconds", "window_s", "stride_s", "after_s", "event_s"]
+    "name", ["settle_s", "collect_s", "speed", "seconds", "window_s", "stride_s", "after_s", "event_s", "silence_s"]
 )
 def test_numbers_that_are_none_are_refused_before_anything_starts(name):
     for value in (math.nan, math.inf, *(() if name == "after_s" else (-1.0,))):
