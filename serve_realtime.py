@@ -120,6 +120,7 @@ class Limits:
     hello_s: float = 2.0  # for a first line
     tls_s: float = 5.0  # for a TLS handshake
     silence_s: float = 60.0  # of a producer: --silence-s
+    pause_s: float = 5.0  # of a stream without samples, before that is told
     stall_s: float = 10.0  # of a peer that takes nothing
     slots: int = 2  # windows of a stream that wait, the newest
     drain_s: float = 1.0  # at the end for windows, and again for consumers
@@ -332,6 +333,7 @@ class Service:
                     keep = self.recorder.frame if stream.framing == "binary" else self.recorder.line
                     keep(number, *filter(None, (head, payload)))
                 if isinstance(message, wire.Samples):
+                    lane.heard(len(message.x_TC) / stream.rate_hz)
                     began_s = time.perf_counter()
                     await self._act(lane, lane.session.samples(message, arrived_s), arrived_s)
                     self.vitals.counts["samples"] += len(message.x_TC)
@@ -371,7 +373,7 @@ class Service:
             old = lane
         if old and old.peer:
             old.peer.end("replaced", wire.error("replaced", "another connection took over this stream"))
-        lane.peer = peer
+        lane.peer, lane.pause_s, lane.paused = peer, 0.0, False
         lane.session.attach()
         lane.settle()
         self.lanes[stream.name] = lane
@@ -408,10 +410,10 @@ class Service:
 
     async def _pong(self, lane: Lane, peer: Peer, id: int) -> None:
         """Answer a ping once all that came before it has been predicted and sent: what a quick replay is paced by."""
-        peer.quiet_s = -math.inf  # its silence is our doing
+        paused_s, lane.pause_s, peer.quiet_s = lane.pause_s, -math.inf, -math.inf  # its silence is our doing
         await lane.idle.wait()
         await self._flushed()
-        peer.quiet_s = 0.0
+        lane.pause_s, peer.quiet_s = paused_s, 0.0
         pong = {"type": "pong", "id": id, "seq": lane.session.next_seq}
         await peer.answer(wire.line(pong), self.limits.stall_s)
 
@@ -533,10 +535,7 @@ class Service:
 
     def stats(self) -> dict:
         """Everything that is counted."""
-        streams = [
-            {**lane.session.stats(), "connected": lane.peer is not None, "waiting": len(lane.slot), "shed": lane.shed}
-            for lane in self.lanes.values()
-        ]
+        streams = [lane.stats() for lane in self.lanes.values()]
         boxes = [{"name": b.name, "waiting": len(b.lines), "dropped": b.dropped} for b in self.outboxes]
         now_s = time.monotonic()
         return {
@@ -580,7 +579,7 @@ class Service:
             return wire.error("not_saved", str(error))
 
     async def _watch(self) -> None:
-        """Twice a second: silent producers, the channels of one stream after the other, the live line, the page."""
+        """Twice a second: silent producers, streams without samples, the channels of one stream after the other, the live line, the page."""
         turn_s, turn = 0.5, 0
         while True:
             await asyncio.sleep(turn_s)
@@ -589,14 +588,16 @@ class Service:
                 if peer.quiet_s > self.limits.silence_s:
                     why = f"nothing came for {self.limits.silence_s:g} s (--silence-s): send a ping now and then"
                     peer.end("silent", wire.error("silent", why))
+            present = [lane for lane in self.lanes.values() if lane.peer]
+            for lane in present:
+                lane.wait(turn_s, self.limits.pause_s)
             if (budget := self.budget()) > HIGH_BUDGET:
                 self.complain("budget", f"predicting takes {budget:.0%} of the time between windows")
             if not (self.page or sys.stderr.isatty()):
                 continue
             turn += 1
-            present = [lane.session for lane in self.lanes.values() if lane.peer]
-            for session in present[turn % max(len(present), 1) :][:1]:  # some ms each, in which no sample is read
-                session.quality = session.intake.quality()
+            for lane in present[turn % max(len(present), 1) :][:1]:  # some ms each, in which no sample is read
+                lane.session.quality = lane.session.intake.quality()
             stats = self.stats()
             journal.live(live_line(stats))
             if self.page:

@@ -3,6 +3,7 @@ Streams on their way through the service: of each the newest windows wait, strea
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections import deque
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib.journal import say
 from lib.peers import Peer
 from lib.session import Fit, Predict, Session
 
@@ -26,7 +28,30 @@ class Lane:
     fits: list[Fit] = field(default_factory=list)  # that wait
     fitting: bool = False
     shed: int = 0
+    chunk_s: float = 0.0  # of the last samples
+    pause_s: float = 0.0  # since then, in turns of the watch
+    paused: bool = False  # longer than is usual
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def heard(self, chunk_s: float) -> None:
+        """Samples came, so many s of them."""
+        if self.paused:
+            name = self.session.stream.name
+            say(logging.INFO, f"stream {name}: samples again, after {self.pause_s:.0f} s", stream=name)
+        self.chunk_s, self.pause_s, self.paused = chunk_s, 0.0, False
+
+    def wait(self, turn_s: float, patience_s: float) -> None:
+        """None came in a turn; that is said once, when it has been for `patience_s` and twice as long as the last chunk."""
+        self.pause_s += turn_s
+        if not self.paused and self.pause_s > max(patience_s, 2 * self.chunk_s):
+            self.paused, name = True, self.session.stream.name
+            say(logging.WARNING, f"stream {name}: no samples for {self.pause_s:.0f} s", stream=name)
+
+    def stats(self) -> dict:
+        """Everything that is counted."""
+        own = {"connected": self.peer is not None, "waiting": len(self.slot), "shed": self.shed}
+        pause_s = round(max(self.pause_s, 0.0), 1) if self.peer and self.paused else None
+        return {**self.session.stats(), **own, "pause_s": pause_s}
 
     def settle(self) -> None:
         """Say so if everything that came in has been worked off."""

@@ -113,7 +113,8 @@ def health(stats: dict, problems: list[str], stopping: bool) -> dict:
     """
     missing = [] if stats["warm"] else ["the model is not warm yet"]
     missing += [] if any(s["connected"] for s in stats["streams"]) else ["no producer"]
-    problems = [*missing, *problems]
+    pauses = {s["name"]: s["pause_s"] for s in stats["streams"] if s["pause_s"] is not None}
+    problems = [*missing, *problems, *(f"stream {name}: no samples for {s:.0f} s" for name, s in pauses.items())]
     if stats["budget"] > HIGH_BUDGET:
         problems.append(f"predicting takes {stats['budget']:.0%} of the time between windows")
     if stats["predicting_s"] > 5:
@@ -131,7 +132,9 @@ def live_line(stats: dict) -> str:
     words += [f"{sum(stats['skipped'].values())} null, {counts.get('shed', 0)} shed", f"busy {stats['budget']:.0%}"]
     for stream in stats["streams"]:
         if stream["connected"]:
-            words.append(f"{stream['name']} {stream['state']}: {_bad_channels(stream['quality'])}")
+            still = stream["pause_s"] is not None
+            said = f"no samples for {stream['pause_s']:.0f} s" if still else _bad_channels(stream["quality"])
+            words.append(f"{stream['name']} {stream['state']}: {said}")
     return " | ".join(words)
 
 

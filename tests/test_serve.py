@@ -474,6 +474,27 @@ def test_how_long_a_producer_may_send_nothing_is_a_flag_and_longer_than_usual_ch
 
 
 @served
+async def test_a_stream_without_samples_is_told_once_and_once_when_they_come_again(caplog):
+    caplog.set_level("INFO", "berger")
+    said = lambda: [r.getMessage() for r in caplog.records if "amp: no" in r.getMessage() or "again" in r.getMessage()]  # noqa: E731
+    async with serving(limits=dataclasses.replace(PATIENT, pause_s=0.4)) as service:
+        amp = await producer(service)
+        await send(amp, LOUD[:250], 250)  # a second of them: two without more are nothing unusual
+        await amp.pong()
+        lane = service.lanes["amp"]
+        lane.wait(0.9, 0.4)
+        assert not said() and lane.stats()["pause_s"] is None
+        for _ in range(3):
+            await amp.pong()  # a ping is no sample
+            lane.wait(1.0, 0.4)
+        assert len(said()) == 1 and "stream amp: no samples for" in said()[0]
+        assert service.stats()["streams"][0]["pause_s"] >= 3.9
+        await send(amp, LOUD[:20], first=250)
+        await amp.pong()
+        assert len(said()) == 2 and "samples again, after" in said()[1] and service.health()["status"] == "ready"
+
+
+@served
 async def test_resets_and_torn_frames_are_counted():
     async with serving(limits=PATIENT) as service:
         torn = await producer(service)

@@ -38,7 +38,7 @@ def test_complaints_come_once_a_period_and_say_how_many_were_held_back():
 
 
 def stats(**changes) -> dict:
-    stream = {"name": "amp", "state": "IDLE", "connected": True, "quality": {}}
+    stream = {"name": "amp", "state": "IDLE", "connected": True, "quality": {}, "pause_s": None}
     return {**Vitals().summary(), "warm": True, "budget": 0.1, "predicting_s": 0.0, "streams": [stream]} | changes
 
 
@@ -55,12 +55,16 @@ def test_health_is_ready_only_with_a_warm_model_and_a_producer(changes, stopping
     assert (told["status"], told["ready"]) == (status, ready)
     assert bool(told["problems"]) == (status in ("waiting", "degraded"))
     assert health(stats(), ["the disk is full"], False)["problems"] == ["the disk is full"]
+    (still,) = stats()["streams"]
+    told = health(stats(streams=[still | {"pause_s": 7.5}]), [], False)
+    assert told["status"] == "degraded" and told["problems"] == ["stream amp: no samples for 8 s"]
 
 
 def test_the_live_line_names_the_channels_that_look_bad():
     fine = {"rms_uV": 10.0, "flat": False, "clipped": False, "line": 0.1}
     quality = {"Fz": fine, "C3": fine | {"flat": True}, "C4": fine | {"clipped": True}, "O1": fine | {"line": 0.9}}
-    stream = {"name": "amp", "state": "INFERENCE", "connected": True, "quality": quality}
+    stream = {"name": "amp", "state": "INFERENCE", "connected": True, "quality": quality, "pause_s": None}
     line = live_line(stats(streams=[stream]))
     assert "amp INFERENCE: C3 flat, C4 clipped, O1 line 90%" in line and "\n" not in line
     assert ": 1 good" in live_line(stats(streams=[stream | {"quality": {"Fz": fine}}]))
+    assert "amp INFERENCE: no samples for 8 s" in live_line(stats(streams=[stream | {"pause_s": 7.5}]))
