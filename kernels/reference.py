@@ -180,7 +180,25 @@ def selective_scan(
 
 
 def selective_scan_backward(grad_RLE, u_RLE, fade_RLE, b_RLS, c_RLS, y_RLE, ahead):
-    """Gradients of u, fade, b and c, in their formats, given that of y and y itself; that of a fade above 4 is 0."""
-    inputs = [t.detach().requires_grad_() for t in (u_RLE, fade_RLE, b_RLS, c_RLS)]
-    with torch.enable_grad():
-        return torch.autograd.grad(selective_scan(*inputs, ahead), inputs, grad_RLE)
+    """
+    Gradients of u, fade, b and c, in their formats, given that of y and y itself; that of a fade above 4 is 0.
+
+    Written out, because inside an operator torch records no gradients.
+    """
+    gu_RLE, gfade_RLE, gb_RLS, gc_RLS = (torch.zeros_like(t) for t in (u_RLE, fade_RLE, b_RLS, c_RLS))
+    keep_RLE, L = (-fade_RLE.clamp_max(MOST)).exp(), u_RLE.shape[1]
+    for part, steps in ((slice(ahead), range(L)), (slice(ahead, None), range(L - 1, -1, -1))):
+        u, keep, grad = u_RLE[..., part], keep_RLE[..., part], grad_RLE[..., part]
+        states = [u.new_zeros(len(u), b_RLS.shape[2], u.shape[2])]
+        for t in steps:
+            states.append(keep[:, t, None] * states[-1] + b_RLS[:, t, :, None] * u[:, t, None])
+        gh_RSE = torch.zeros_like(states[0])
+        for t in reversed(steps):
+            h_RSE, before_RSE = states.pop(), states[-1]
+            gc_RLS[:, t] += (h_RSE * grad[:, t, None]).sum(2)
+            gh_RSE = gh_RSE + c_RLS[:, t, :, None] * grad[:, t, None]
+            gb_RLS[:, t] += (gh_RSE * u[:, t, None]).sum(2)
+            gu_RLE[:, t, part] = (gh_RSE * b_RLS[:, t, :, None]).sum(1)
+            gfade_RLE[:, t, part] = -(gh_RSE * before_RSE).sum(1) * keep[:, t]
+            gh_RSE = gh_RSE * keep[:, t, None]
+    return gu_RLE, gfade_RLE.masked_fill(fade_RLE > MOST, 0), gb_RLS, gc_RLS
