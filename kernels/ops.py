@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import torch
 
-from kernels import build, reference
+from kernels import build, checks, reference
 from kernels.plain import say
 from kernels.reference import UnreadableWindow
 
@@ -74,8 +74,20 @@ def _define() -> None:
         if name in ("ema_", "sos_stream"):  # no gradients, so autograd needn't be asked: half of a short call's time
             _operators.impl(name, torch.library.fallthrough_kernel, "Autograd")
         if name != "gather_windows":  # of files, so on the CPU alone
-            _operators.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-            _operators.impl(name, _on_gpu(name), "CUDA")
+            _operators.impl(name, _checked(name, getattr(reference, name)), "CompositeExplicitAutograd")
+            _operators.impl(name, _checked(name, _on_gpu(name)), "CUDA")
+
+
+def _checked(name: str, function):
+    """Refuses what the C++ refuses, in its words; gradients get what the operators themselves kept."""
+    if not (check := getattr(checks, name, None)):
+        return function
+
+    def run(*args):
+        check(*args)
+        return function(*args)
+
+    return run
 
 
 def _on_gpu(name: str):
@@ -235,7 +247,7 @@ def selective_scan(
     path()
     dtype = torch.promote_types(_widest(u_RLE, fade_RLE, b_RLS, c_RLS), torch.float32)
     tensors = (t.to(dtype) for t in (u_RLE, fade_RLE, b_RLS, c_RLS))
-    ahead = u_RLE.shape[2] if ahead is None else ahead
+    ahead = u_RLE.shape[-1] if ahead is None else ahead
     return torch.ops.berger.selective_scan(*tensors, ahead).to(u_RLE.dtype)
 
 

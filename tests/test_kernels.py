@@ -405,6 +405,46 @@ def test_without_kernels_everything_works_and_says_so_once(needs_cpp):
     assert off.stdout.split()[-1] == on.stdout.split()[-1]
 
 
+WRONG = """
+import torch, kernels
+x, space, time, ids = torch.zeros(2, 12, 7), torch.zeros(2, 3, 7), torch.zeros(4, 7), torch.zeros(2, 5, dtype=torch.int64)
+tokens = [(x[0], space, time, ids), (x[:1], space, time, ids), (x, space, time[:, :6], ids), (x[:, :9], space, time, ids)]
+tokens += [(x, space, time, ids, True), (x, space, time, ids.int()), (x, space, time, ids - 1), (x, space, time, ids + 12)]
+t, s = torch.zeros(3), torch.zeros(2)
+averages = [([t], [t, t], 0.5), ([t], [t], 0.5, [t, t]), ([t, t], [t, s], 0.5), ([t], [t], 0.5, [s])]
+x, sos, state = torch.zeros(3, 5), torch.ones(2, 6).double(), torch.zeros(2, 2, 3).double()
+filters = [(x[0], sos, state), (x, sos[:, :5], state), (x, sos.repeat(33, 1), state), (x, sos, state[..., :2]), (x, sos[:1], state)]
+filters += [(x, sos, state.mT.contiguous().mT), (x, sos.float(), state), (x, sos, state.float()), (x.half(), sos, state)]
+u, b = torch.zeros(2, 9, 5), torch.zeros(2, 9, 3)
+scans = [(u[0], u[0], b, b), (u, u[:, :8], b, b), (u, u, b, b[..., :2]), (u, u, b[:1], b[:1]), (u, u, b, b, 6), (u, u, b, b, -1)]
+calls = {"embed_tokens": tokens, "ema_": averages, "sos_stream": filters, "selective_scan": scans}
+for name, arguments in [(name, arguments) for name, some in calls.items() for arguments in some]:
+    try:
+        print(name, "took it", getattr(kernels, name)(*arguments))
+    except (ValueError, TypeError, IndexError) as error:
+        print(name, type(error).__name__, error)
+"""
+
+
+def test_with_and_without_kernels_the_same_is_refused_in_the_same_words(needs_cpp):
+    off, on = run("-c", WRONG, BERGER_KERNELS="0"), run("-c", WRONG)
+    assert off.stdout == on.stdout and "took it" not in on.stdout and len(on.stdout.splitlines()) == 27, off.stderr
+
+
+GRADIENTS = """
+import torch, kernels
+from kernels import reference
+leaves = [torch.rand(2, 9, n, generator=torch.Generator().manual_seed(n)).double().requires_grad_() for n in (5, 5, 3, 3)]
+both = [torch.autograd.grad(f(*leaves, 2).square().sum(), leaves) for f in (kernels.selective_scan, reference.selective_scan)]
+print(kernels.path(), all(torch.allclose(a, b) and a.any() for a, b in zip(*both)))
+"""
+
+
+def test_without_kernels_the_scan_has_gradients():
+    done = run("-c", GRADIENTS, BERGER_KERNELS="0")  # torch records none inside an operator
+    assert done.stdout == "reference True\n", done.stderr
+
+
 def test_one_rank_speaks(monkeypatch, capsys):
     for rank, said in (("0", "kernels: hello\n"), ("1", "")):
         monkeypatch.setenv("LOCAL_RANK", rank)

@@ -237,8 +237,6 @@ def test_tokens_far_into_memory(tmp_path):
 
 def test_tokens_that_are_not_there_are_named():
     x, space, time, ids = token_case(2, 3, 4, 7, 16)
-    if kernels.path() == "reference":
-        pytest.skip("plain PyTorch has its own words")
     for wrong in (-1, 12):
         with pytest.raises(IndexError, match=f"token {wrong} of 12"):
             kernels.embed_tokens(x, space, time, torch.full_like(ids, wrong))
@@ -330,8 +328,6 @@ def test_filter_keeps_a_nan_in_its_channel():
 
 def test_filter_that_cannot_be_is_refused():
     x, sos, state = torch.zeros(3, 5), torch.from_numpy(SOS), torch.zeros(len(SOS), 2, 3, dtype=torch.float64)
-    if kernels.path() == "reference":
-        pytest.skip("plain PyTorch has its own words")
     for wrong in ((x[0], sos, state), (x, sos[:2], state), (x, sos, state[..., :2]), (x, sos[:, :5], state)):
         with pytest.raises(ValueError):
             kernels.sos_stream(*wrong)
