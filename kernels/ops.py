@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from kernels import build, checks, reference
 from kernels.plain import say
@@ -178,6 +179,13 @@ torch.library.register_autograd("berger::embed_tokens_backward", _no_second_grad
 torch.library.register_autograd("berger::selective_scan_backward", _no_second_gradients)
 
 
+def _no_forward_mode(*tensors: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "kernels has no forward-mode gradients (jvp, jacfwd); the functions of kernels.reference have"
+        )
+
+
 def _widest(*tensors: torch.Tensor) -> torch.dtype:
     widest = tensors[0].dtype
     for t in tensors[1:]:
@@ -200,6 +208,7 @@ def embed_tokens(
     and, on the CPU, IndexError for a token that isn't there.
     """
     path()
+    _no_forward_mode(x_BXD, space_BCD, time_PD)  # torch would take them for 0
     return torch.ops.berger.embed_tokens(x_BXD, space_BCD, time_PD, ids_BK, taken)
 
 
@@ -231,6 +240,7 @@ def sos_stream(x_CT: torch.Tensor, sos_S6: torch.Tensor, state_S2C: torch.Tensor
         path()
     if x_CT.requires_grad and torch.is_grad_enabled():
         raise ValueError("sos_stream has no gradients: give it x.detach()")
+    _no_forward_mode(x_CT)
     return torch.ops.berger.sos_stream(x_CT, sos_S6, state_S2C)
 
 
@@ -245,6 +255,7 @@ def selective_scan(
     earlier outputs. Raises ValueError for shapes that don't fit.
     """
     path()
+    _no_forward_mode(u_RLE, fade_RLE, b_RLS, c_RLS)
     dtype = torch.promote_types(_widest(u_RLE, fade_RLE, b_RLS, c_RLS), torch.float32)
     tensors = (t.to(dtype) for t in (u_RLE, fade_RLE, b_RLS, c_RLS))
     ahead = u_RLE.shape[-1] if ahead is None else ahead

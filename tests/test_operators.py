@@ -394,6 +394,21 @@ def test_second_gradients_are_refused_where_the_meaning_has_them(name):
         second(kernels)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "selective_scan", "sos_stream"])
+def test_forward_mode_gradients_are_refused_where_the_meaning_has_them(name):
+    x, space, time, ids = token_case(2, 3, 4, 7, 16)
+    state = torch.zeros(len(SOS), 2, 3, dtype=torch.float64)
+    inputs, rest = {
+        "embed_tokens": ((x, space, time), (ids,)),
+        "selective_scan": (tuple(scan_case(2, 9, 5, 3)), (2,)),
+        "sos_stream": ((torch.randn(3, 9).double(),), (torch.from_numpy(SOS), state)),
+    }[name]
+    if name != "sos_stream":  # whose meaning writes to its state
+        assert torch.func.jvp(lambda *xs: getattr(reference, name)(*xs, *rest), inputs, inputs)[1].any()
+    with pytest.raises(RuntimeError, match="no forward-mode gradients"):
+        torch.func.jvp(lambda *xs: getattr(kernels, name)(*xs, *rest), inputs, inputs)
+
+
 def test_torch_compile_takes_them_whole():
     inputs = [t.clone().requires_grad_() for t in scan_case(2, 19, 6, 3, torch.float32)]
     x, space, time, ids = token_case(2, 3, 4, 7, 16)
