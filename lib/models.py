@@ -316,7 +316,7 @@ def start_encoder(
 ) -> tuple[nn.Module, list[dict]]:  # fmt: skip
     """The encoder that a phase starts from, of a file or fresh, and the lineage of the file. Raises Unusable."""
     if init:
-        loaded, meta = load_encoder(init, cache)
+        loaded, meta = load_encoder(init, cache, asked=True)
         return loaded, inherited(meta, init)
     patch = round(patch_s * cache.rate_hz)
     if patch != patch_s * cache.rate_hz:
@@ -354,24 +354,36 @@ def check_signal(meta: dict, cache, path: str | Path, tuned: bool = False) -> No
         print(f"{words}: waves come at other times than it has learned", file=sys.stderr)
 
 
+def check_alignment(meta: dict, cache, path: str | Path, asked: bool = False) -> None:
+    """Raises Unusable if windows of a cache aren't aligned as those a file was trained on; where that was `asked` for stderr is told."""
+    ours, theirs = (signal.get("align", "none") for signal in (meta["signal"], cache.signal))
+    if ours == theirs:
+        return
+    words = f"{path} was trained with --align {ours}, the windows come with {theirs}"
+    if not asked:
+        raise Unusable(f'{words}: call cache.align("{ours}") before')
+    print(f"{words}, as asked: its features are of other mixtures than it has learned", file=sys.stderr)
+
+
 def save_encoder(path: str | Path, encoder: nn.Module, meta: dict) -> None:
     """Write an encoder with everything needed to use it; `meta` has `signal_meta` and `lineage`."""
     meta = {"format": FORMAT, "version": VERSION, "architecture": asdict(encoder.architecture)} | meta
     save_tensors(Path(path), encoder.state_dict(), meta)
 
 
-def load_encoder(path: str | Path, cache=None) -> tuple[nn.Module, dict]:
+def load_encoder(path: str | Path, cache=None, asked: bool = False) -> tuple[nn.Module, dict]:
     """
     An encoder (on the CPU, in evaluation mode) and its metadata, to be trained further.
 
-    Raises Unusable if the file is missing, damaged or no encoder, or if `cache` holds signals unlike those it was trained on; of another
-    phase of the filter alone stderr is told.
+    Raises Unusable if the file is missing, damaged or no encoder, or if `cache` holds signals unlike those it was trained on, or aligns
+    them in another way; of another phase of the filter alone, or an alignment that was `asked` for, stderr is told.
     """
     tensors, meta = load_tensors(path)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
     if cache is not None:
         check_signal(meta, cache, path, tuned=True)
+        check_alignment(meta, cache, path, asked)
     try:
         encoder = build_encoder(Architecture(**meta["architecture"]))
         encoder.load_state_dict(tensors)

@@ -31,7 +31,7 @@ from lib.channels import POSITIONS, TEN_TWENTY
 from lib.errors import Unusable
 from lib.grid import to_patches
 from lib.latency import Latency
-from lib.models import Architecture, build_encoder, check_signal
+from lib.models import Architecture, build_encoder, check_alignment, check_signal
 from lib.targets import Target
 from lib.tensors import load_tensors, save_tensors
 
@@ -238,13 +238,15 @@ def load_model(path: str | Path, cache=None) -> tuple[Decoder, dict, dict[str, t
     """
     A model (on the CPU, in evaluation mode), its metadata, and the tensors kept beside it.
 
-    Raises Unusable if the file is missing, damaged or no model, or if `cache` holds signals unlike those it was trained on.
+    Raises Unusable if the file is missing, damaged or no model, or if `cache` holds signals unlike those it was trained on, or aligns them
+    in another way.
     """
     tensors, meta = load_tensors(path)
     if meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
     if cache is not None:
         check_signal(meta, cache, path)
+        check_alignment(meta, cache, path)
     try:
         targets = [Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}) for t in meta["targets"]]
         reading = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["readout"].items()}

@@ -252,8 +252,8 @@ def trained_by(cfg: Config, script: str, words: list, said: str) -> Path:
 @torch.no_grad()
 def encode(task: Task, path: Path) -> np.ndarray:
     """Features averaged over time per electrode, (B, C * D), of windows aligned as the encoder's were."""
-    encoder, _ = load_encoder(path, task.cache)
     task.cache.align(choose("auto", path))
+    encoder, _ = load_encoder(path, task.cache)
     features = []
     for ids in np.array_split(np.arange(len(task.y_B)), -(-len(task.y_B) // 64)):
         batch = task.cache.read(task.row_B[ids], task.start_B[ids], task.samples)

@@ -11,6 +11,8 @@ from lib.alignment import covariance, whitener
 from lib.cache import Cache
 from lib.classical import correlations_with
 from lib.errors import Unusable
+from lib.models import load_encoder
+from lib.readouts import load_model
 from tests.recipes import run, write_small
 
 
@@ -144,7 +146,16 @@ def test_phases_go_on_as_the_first_one_began(folder, tmp_path):
     assert code == 2 and "was trained with --align subject" in said
     plain = [*init, *more, "--align", "none", "--name", tmp_path / "d"]
     code, other, said = run(*plain, script="train_supervised.py")
-    assert code == 0, said
+    assert code == 0 and "was trained with --align subject, the windows come with none, as asked" in said, said
+    opened = Cache(folder)
+    for load, file in ((load_encoder, next_one["encoder"]), (load_model, last["model"])):
+        opened.align("none")
+        with pytest.raises(
+            Unusable, match=r'with --align subject, the windows come with none: call cache.align\("subject'
+        ):
+            load(file, opened)
+        opened.align("subject")
+        load(file, opened)
     assert alignment.choose("auto", other["model"]) == "none"
     read = {name: json.loads((tmp_path / name / "scores.json").read_text()) for name in "cd"}
     assert read["c"] != read["d"]
