@@ -9,7 +9,7 @@ Serve predictions in real time: samples and markers in, one JSON object a line o
     python serve_realtime.py --action fit --cache cache/motor --target task --save runs/motor   # a model for all that
 
 One process: the event loop reads, filters and cuts windows; one thread predicts, one fits copies that then replace what predicts. The
-protocol, the states and every limit are in docs/realtime.md. Ends on SIGTERM, and with the --replay that it started.
+protocol, the states and every limit are in docs/realtime.md. Ends on SIGTERM, and with the --replay or --amplifier that it started.
 """
 
 import os
@@ -79,12 +79,12 @@ class Config:
     lsl_channels: str | None = None  # names of its channels, comma-separated, where the stream doesn't say
     lsl_scope: Literal["machine", "network"] = "machine"  # where to look for it
     amplifier: bool = False  # synthetic EEG with known truth
-    seconds: float = 0.0  # length of --amplifier, s; 0: for ever
+    seconds: float = 0.0  # length of --amplifier, s, with which the service ends; 0: for ever
     seed: int = 0  # of --amplifier
     framing: Literal["binary", "ndjson"] = "binary"  # how these sources send
     chunk: int = 0  # samples they send at a time; 0: 40 ms of them
     wait: int = 0  # consumers to wait for before a source starts
-    stay: bool = False  # go on when --replay has ended
+    stay: bool = False  # go on when --replay or --amplifier has ended
     # --action fit: from a cache to a folder for --models
     cache: tuple[Path, ...] = ()  # of --action fit, built with --causal
     target: str | None = None  # column or event label to tell
@@ -609,7 +609,7 @@ class Service:
 
 
 async def serve(cfg: Config, pipeline: Any, table: states.Table) -> tuple[dict, bool]:
-    """Run until a signal, or until the replay it started has ended: totals, and whether Ctrl-C ended it. Raises Unusable."""
+    """Run until a signal, or until a source it started has ended: totals, and whether Ctrl-C ended it. Raises Unusable."""
     service = Service(cfg, pipeline, table, Limits(silence_s=cfg.silence_s))
     stop, caught = asyncio.Event(), []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -637,7 +637,7 @@ async def source(cfg: Config, service: Service, kind: str, stop: asyncio.Event) 
     """
     A source in a process of its own, so that whatever it imports or dies of is not ours; started again when it dies.
 
-    A replay that ends ends the service. Raises Unusable or Failed, as the process did.
+    One that ends by itself (a replay, an amplifier after --seconds) ends the service. Raises Unusable or Failed, as the process did.
     """
     while len(service.outboxes) - len(cfg.connect) < cfg.wait:
         await asyncio.sleep(0.05)
@@ -654,7 +654,7 @@ async def source(cfg: Config, service: Service, kind: str, stop: asyncio.Event) 
         problem = Unusable(last.partition(": ")[2] or last) if code == command.UNUSABLE else None
         if code not in (command.DONE, command.UNUSABLE) and kind == "replay":
             problem = Failed(f"the replay ended with status {code}: {last}")
-        if problem or (code == command.DONE and kind == "replay" and not cfg.stay):
+        if problem or (code == command.DONE and not cfg.stay):
             stop.set()
         if problem:
             raise problem

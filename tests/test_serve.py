@@ -1041,6 +1041,12 @@ def test_a_recording_is_replayed_to_a_client_and_a_recorded_session_gives_the_sa
     assert told[0] == told[1]
 
 
+def test_an_amplifier_of_so_many_seconds_ends_the_service():
+    process, _ = start("--amplifier", "--seconds", "1", "--speed", "20")
+    totals, _ = finish(process)
+    assert totals["streams"] == 1 and totals["windows"] == 1
+
+
 def test_a_replay_of_nothing_ends_the_service_with_one_line(tmp_path):
     path = tmp_path / "none.edf"
     process, _ = start("--replay", str(path))
