@@ -23,7 +23,6 @@ import dataclasses
 import logging
 import math
 import signal
-import ssl
 import sys
 import time
 from dataclasses import dataclass
@@ -35,8 +34,9 @@ from lib import children, command, intake, journal, sockets, states, wire
 from lib.errors import Failed, Unusable
 from lib.journal import say
 from lib.lanes import Lane, Turns, Worker
+from lib.listener import Limits, Listener
 from lib.outbox import Outbox, dial
-from lib.peers import Bucket, Peer
+from lib.peers import Peer
 from lib.session import Fit, Model, NoModel, Outcome, Predict, Session, predict, refit, warm
 from lib.vitals import HIGH_BUDGET, Vitals, health, live_line
 
@@ -109,24 +109,6 @@ class Config:
 MOST_BYTES = 2**25  # of the windows kept of a group, whatever --collect-s says
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What nobody tunes, but tests."""
-
-    clients: int = 64
-    producers: int = 32
-    accepts_per_s: float = 50.0
-    accept_burst: int = 100
-    hello_s: float = 2.0  # for a first line
-    tls_s: float = 5.0  # for a TLS handshake
-    silence_s: float = 60.0  # of a producer: --silence-s
-    pause_s: float = 5.0  # of a stream without samples, before that is told
-    stall_s: float = 10.0  # of a peer that takes nothing
-    slots: int = 2  # windows of a stream that wait, the newest
-    drain_s: float = 1.0  # at the end for windows, and again for consumers
-    backoff_s: tuple[float, float] = (0.25, 5.0)  # between tries to dial out, shortest and longest
-
-
 def signal_path(cfg: Config, path: intake.Path) -> intake.Path:
     """What the model needs of the signal, with what may differ from stream to stream as the flags say. Raises Unusable."""
     if cfg.step is not None and cfg.step < 1:
@@ -139,7 +121,7 @@ def signal_path(cfg: Config, path: intake.Path) -> intake.Path:
 class Service:
     """Sockets, threads and queues around sessions; everything but `predict` and `refit` runs on the event loop."""
 
-    def __init__(self, cfg: Config, pipeline: Any, table: states.Table, limits: Limits = Limits()):
+    def __init__(self, cfg: Config, pipeline: Any, table: states.Table, limits: Limits):
         self.cfg, self.table, self.limits = cfg, table, limits
         self.model = Model(pipeline, 0)  # what every stream begins with
         self.token, self.tls = sockets.read_token(cfg.token_file), sockets.server_tls(cfg.tls_cert, cfg.tls_key)
@@ -149,16 +131,15 @@ class Service:
         self.sinks = [sockets.address(text, "--connect") for text in cfg.connect]
         self.vitals, self.complain = Vitals(), journal.Complaints()
         self.lanes: dict[str, Lane] = {}
-        self.peers: set[Peer] = set()
         self.outboxes: set[Outbox] = set()
-        self.turns, self.accepts = Turns(limits.slots), Bucket(limits.accepts_per_s, limits.accept_burst)
+        self.turns = Turns(limits.slots)
+        roles = {"producer": self._produce, "consumer": self._consume, "control": self._control}
+        self.listener = Listener(limits, self.token, self.vitals, self.complain, roles)
         self.inferring: float | None = None  # since when
         self.recorder = self.page = None
         self.warmed: dict | None = None
-        self.stopping = False
         self.unsaved: Unusable | None = None  # why --save came to nothing at the end
         self.tasks: set[asyncio.Task] = set()
-        self.handlers: set[asyncio.Task] = set()  # one per connection
 
     # ------------------------------------------------------------------------
     # beginning and end
@@ -179,8 +160,7 @@ class Service:
             from lib.page import Page
 
             self.page = Page(*sockets.address(self.cfg.page, "--page"))
-        wrap = {"ssl": self.tls, "ssl_handshake_timeout": self.limits.tls_s} if self.tls else {}
-        self.server = await asyncio.start_server(self._accept, sock=link, limit=wire.MAX_LINE, backlog=64, **wrap)
+        await self.listener.open(link, self.tls)
         for host, port in self.sinks:
             outbox, counts, limits = Outbox(f"--connect {host}:{port}"), self.vitals.counts, self.limits
             self.outboxes.add(outbox)
@@ -191,10 +171,7 @@ class Service:
 
     async def close(self) -> dict:
         """Stop taking, work off what waits, say bye; the totals."""
-        self.stopping = True
-        self.server.close()
-        for peer in [p for p in self.peers if p.role == "producer"]:
-            peer.end("stopping", wire.line({"type": "bye"}))
+        self.listener.stop()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle(), self.limits.drain_s)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -204,13 +181,10 @@ class Service:
             saved = self._save() if self.cfg.save else None
         except Unusable as error:  # a full disk must not cost the recording its end, nor the peers theirs
             self.unsaved = error
-        for peer in list(self.peers):
-            peer.end("stopping", wire.line({"type": "bye"}))
-        if self.handlers:
-            await asyncio.wait(self.handlers, timeout=self.limits.drain_s)
-        for task in self.tasks | self.handlers:
+        await self.listener.close()
+        for task in self.tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, *self.handlers, return_exceptions=True)
+        await asyncio.gather(*self.tasks, return_exceptions=True)
         self.inference.close()
         self.fitter.close()
         recorded = self.recorder.close() if self.recorder else None
@@ -260,67 +234,10 @@ class Service:
             raise Unusable(f"--models {self.cfg.models}: the model fails on a window of noise: {error}") from error
 
     # ------------------------------------------------------------------------
-    # connections
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, whoever it is."""
-        peer, reason = Peer(reader, writer), "stopping"
-        self.handlers.add(asyncio.current_task())
-        try:
-            reason = await self._host(peer)
-        except asyncio.CancelledError:  # at the end, of a peer that takes nothing; asyncio would print it
-            pass
-        finally:
-            self.handlers.discard(asyncio.current_task())
-            self.peers.discard(peer)
-            self.vitals.closed[peer.reason or reason] += 1
-            writer.close() if peer.reason or reason == "done" else writer.transport.abort()
-
-    async def _host(self, peer: Peer) -> str:
-        """From its first line to its last; why it ended."""
-        try:
-            self._admit()
-            self.peers.add(peer)
-            hello = wire.read_handshake(await asyncio.wait_for(peer.line(), self.limits.hello_s))
-            if not sockets.same_token(self.token, hello.token):
-                raise wire.Malformed("unauthorised", "the token is missing or wrong")
-            peer.role, peer.name = hello.role, hello.client_name
-            if hello.role == "producer":
-                await self._produce(peer, hello.stream)
-            else:
-                await {"consumer": self._consume, "control": self._control}[hello.role](peer)
-            return "done"
-        except wire.Malformed as error:
-            self.complain(f"refused {error.code}", f"{peer.role} {peer.name or 'without a name'}: {error.sentence}")
-            if len(self.handlers) <= 4 * self.limits.clients:  # a storm gets no courtesies
-                await peer.refuse(error)
-            return error.code
-        except (asyncio.TimeoutError, TimeoutError):
-            return "silent" if peer.role == "nobody" else "stalled"
-        except asyncio.IncompleteReadError as error:
-            return "torn" if error.partial else "gone"
-        except (OSError, ssl.SSLError):
-            return "broken"
-        except Exception:  # noqa: BLE001 - a bug met by one peer must not end the service for the others
-            self.vitals.counts["bugs"] += 1
-            journal.LOG.exception("a connection died of a bug: %s %s", peer.role, peer.name)
-            return "bug"
-
-    def _admit(self) -> None:
-        """Raises Malformed for a connection too many, before anything of it is read."""
-        self.vitals.counts["connections"] += 1
-        if self.stopping:
-            raise wire.Malformed("shutting_down", "the service is shutting down")
-        if len(self.peers) >= self.limits.clients:
-            raise wire.Malformed("too_many_clients", f"there are {len(self.peers)} connections already")
-        if not self.accepts.take():
-            raise wire.Malformed("rate_limited", f"more than {self.limits.accepts_per_s:g} connections a second")
-
-    # ------------------------------------------------------------------------
     # producers: samples and events in
 
-    async def _produce(self, peer: Peer, stream: wire.Stream) -> None:
-        lane = self._lane(peer, stream)
+    async def _produce(self, peer: Peer) -> None:
+        stream, lane = peer.stream, self._lane(peer, peer.stream)
         number, name = self.vitals.counts["producers"], stream.name
         say(logging.INFO, f"stream {name}: {len(stream.channels)} channels at {stream.rate_hz:g} Hz", stream=name)
         if self.recorder:
@@ -544,7 +461,7 @@ class Service:
             "warm": self.warmed is not None,
             "budget": round(self.budget(), 4),
             "predicting_s": 0.0 if self.inferring is None else round(now_s - self.inferring, 3),
-            "peers": {role: sum(p.role == role for p in self.peers) for role in (*wire.ROLES, "nobody")},
+            "peers": {role: len(self.listener.of(role)) for role in (*wire.ROLES, "nobody")},
             "streams": streams,
             "consumers": boxes,
         }
@@ -557,7 +474,7 @@ class Service:
     def health(self) -> dict:
         """Whether it is ready, and what is wrong."""
         problems = [self.recorder.error] if self.recorder and self.recorder.error else []
-        return health(self.stats(), problems + ["stopping"] * self.stopping, self.stopping)
+        return health(self.stats(), problems + ["stopping"] * self.listener.stopping, self.listener.stopping)
 
     def _save(self) -> str | None:
         """The newest session's pipeline, as fitted."""
@@ -583,7 +500,7 @@ class Service:
         turn_s, turn = 0.5, 0
         while True:
             await asyncio.sleep(turn_s)
-            for peer in [p for p in self.peers if p.role == "producer"]:
+            for peer in self.listener.of("producer"):
                 peer.quiet_s += turn_s
                 if peer.quiet_s > self.limits.silence_s:
                     why = f"nothing came for {self.limits.silence_s:g} s (--silence-s): send a ping now and then"
@@ -648,22 +565,13 @@ async def source(cfg: Config, service: Service, kind: str, stop: asyncio.Event) 
     given |= {name: getattr(cfg, name) for name in (*same, *([kind] if kind != "amplifier" else []))}
     flags = [w for name, value in given.items() if value is not None for w in (f"--{name.replace('_', '-')}", value)]
     variables = {sockets.TOKEN_VARIABLE: service.token} if service.token else {}
-    wait_s = 1.0
-    while True:
-        code, last = await children.run(Path(__file__), flags, kind, variables)
-        problem = Unusable(last.partition(": ")[2] or last) if code == command.UNUSABLE else None
-        if code not in (command.DONE, command.UNUSABLE) and kind == "replay":
-            problem = Failed(f"the replay ended with status {code}: {last}")
-        if problem or (code == command.DONE and not cfg.stay):
-            stop.set()
-        if problem:
-            raise problem
-        if code == command.DONE:
-            return
-        service.vitals.counts["sources_restarted"] += 1
-        say(logging.WARNING, f"{kind} ended with status {code}; it is started again in {wait_s:g} s", source=kind)
-        await asyncio.sleep(wait_s)
-        wait_s = min(2 * wait_s, 30.0)
+    try:
+        await children.keep(Path(__file__), flags, kind, variables, kind != "replay", service.vitals.counts)
+    except (Unusable, Failed):
+        stop.set()
+        raise
+    if not cfg.stay:
+        stop.set()
 
 
 def main(cfg: Config) -> dict | None:

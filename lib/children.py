@@ -4,11 +4,15 @@ Processes that the service starts: whatever a source imports, or dies of, is not
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
-from lib.journal import LOG
+from lib import command
+from lib.errors import Failed, Unusable
+from lib.journal import LOG, say
 from lib.producer import PARENT_VARIABLE
 
 PATIENCE_S = 2.0  # for a process that was asked to end
@@ -43,6 +47,27 @@ async def run(script: Path, words: list, kind: str, variables: dict[str, str]) -
         if child.returncode is None:
             child.kill()
             await child.wait()
+
+
+async def keep(script: Path, words: list, kind: str, variables: dict[str, str], again: bool, counts: Counter) -> None:
+    """
+    As `run`, until it is done; one that dies is started `again`, each time later, and counted.
+
+    Raises Unusable as the process did, and Failed for one that dies and isn't started again.
+    """
+    wait_s = 1.0
+    while True:
+        code, last = await run(script, words, kind, variables)
+        if code == command.DONE:
+            return
+        if code == command.UNUSABLE:
+            raise Unusable(last.partition(": ")[2] or last)
+        if not again:
+            raise Failed(f"the {kind} ended with status {code}: {last}")
+        counts["sources_restarted"] += 1
+        say(logging.WARNING, f"{kind} ended with status {code}; it is started again in {wait_s:g} s", source=kind)
+        await asyncio.sleep(wait_s)
+        wait_s = min(2 * wait_s, 30.0)
 
 
 async def _lines(reader: asyncio.StreamReader):

@@ -22,6 +22,7 @@ class Peer:
     writer: asyncio.StreamWriter
     role: str = "nobody"
     name: str = ""
+    stream: wire.Stream | None = None  # that a producer announced
     quiet_s: float = 0.0  # since it was last heard, in turns of the watch: time in which we did not run doesn't count
     reason: str | None = None  # why we ended it
 

@@ -700,7 +700,7 @@ async def test_a_server_that_is_dialled_gets_handshake_and_data_and_is_called_ag
 
 def test_other_machines_are_served_only_with_token_and_tls(monkeypatch, tmp_path):
     monkeypatch.delenv("BERGER_TOKEN", raising=False)
-    make = lambda **flags: Service(Config(**flags), Power(), states.load())  # noqa: E731
+    make = lambda **flags: Service(Config(**flags), Power(), states.load(), Limits())  # noqa: E731
     for host in ("0.0.0.0", "192.168.1.5", "[::]", "lab.example.org"):
         with pytest.raises(Unusable, match="a token .* and TLS"):
             make(listen=f"{host}:0")

@@ -142,7 +142,7 @@ async def soak(seconds: float) -> None:
         assert stats["counts"].get("bugs", 0) == 0, stats
         assert len(stats["closed"]) >= 8, stats["closed"]
         assert grown_kib < 5 * 1024, f"{grown_kib} KiB more than after the warm-up"
-        assert len(service.lanes) <= 16 and len(service.peers) <= 32
+        assert len(service.lanes) <= 16 and len(service.listener.peers) <= 32
         await amp.close()
         await reader.close()
     gc.collect()
