@@ -6,6 +6,7 @@ Training and validation are told apart by subject, as the caches say, or by time
 Shape letters: B windows, C channels, T samples.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from lib.batches import Part, read_parts
 from lib.cache import Cache, Recording
 from lib.errors import Unusable
+from lib.statements import settle_shaft
 from lib.whitening import Whitening, autocorrelation, channel_filters, fit
 from lib.windows import Windows
 
@@ -83,6 +85,12 @@ class Corpus:
                     values[name] = told[0] if len(told) == 1 else " ".join(map(str, told))
             found.append(values)
         return found
+
+    def shaft(self, rows: Sequence[int]) -> float:
+        """Turns of the shaft that recordings state (`shaft_hz`, or `rpm`), cycles per sample; NaN where one doesn't, or they differ."""
+        values = self.values({"shaft_hz": ("shaft_hz",), "rpm": ("rpm",)})
+        stated = {settle_shaft(values[i]) / self.rate_hz(i) for i in rows}
+        return stated.pop() if len(stated) == 1 else math.nan
 
     def read(
         self,
@@ -152,7 +160,8 @@ def fit_corpus(
         of = [(x, place_RC[i, corpus.good(i)]) for i in even(members[name], 64) for x in corpus.signal(i)]
         if of:
             signals[name], places[name] = zip(*of, strict=True)
-    whiten = fit([*signals], [*signals.values()], order, corpus.samples, rhythms, channels, [*places.values()])
+    shafts = [corpus.shaft(members[name]) for name in signals]
+    whiten = fit([*signals], [*signals.values()], order, corpus.samples, rhythms, channels, [*places.values()], shafts)
     number = {name: g for g, name in enumerate(signals)}
     group_R = np.array([number.get(name, -1) for name in name_R])
     for part in ("train", "val"):

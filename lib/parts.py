@@ -5,11 +5,13 @@ A part says which source, options and rules it is of, and is cached with its sha
 """
 
 import contextlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib import labels, manifest, store
+from lib import manifest, store
 from lib.sources import Source
+from lib.statements import settle_shaft
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,8 @@ def shaft_hz(source: Source) -> float | None:
     """Turns per second of the machine that vibrates, where a column `rpm` or `shaft_hz` says so."""
     if source.spec.kind != "vibration":
         return None
-    stated = {name: labels.number(str(source.columns[name])) for name in ("rpm", "shaft_hz") if name in source.columns}
-    turns = stated.get("shaft_hz") or (stated.get("rpm") or 0) / 60
-    return turns or None
+    hz = settle_shaft(source.columns)
+    return None if math.isnan(hz) else hz
 
 
 def same_content(previous: dict, part: dict) -> bool:

@@ -23,6 +23,7 @@ NEAR, NEARBY = 0.02, 41  # turns that a phase differs at most from one hop to th
 PASSES = 3
 QUIET = 0.1  # what lines of the envelope count beside those of the signal, whose phases are finer
 MOST_WINDOWS = 1024
+MORE = 0.1  # of the power: what must repeat more with another rhythm; phases that fit noise best give it up to half of this
 
 
 @dataclass
@@ -102,9 +103,11 @@ def _likeliest(line_BKMN, mean_BKMN, weight_BKMN, rhythm_BQ: torch.Tensor) -> to
     return torch.where(rhythm_BQ.isfinite(), (turn_BQ + 0.5) % 1 - 0.5, math.nan)
 
 
-def learn(x_NT: torch.Tensor, hop: int, rhythm_Q: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def learn(
+    x_NT: torch.Tensor, hop: int, rhythm_Q: np.ndarray
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], float]:
     """
-    Mean (2, M, N), weight and wave (M, N) of a signal's windows, each `hop` samples after the one before, whose rhythms are known.
+    Mean (2, M, N), weight and wave (M, N) of a signal's windows, each `hop` samples after the one before, whose rhythms are known, and the share of the power that the wave is.
 
     Phases are followed from window to window first, so that high harmonics, which a slowly drifting machine blurs within a second, stay sharp.
     """
@@ -129,7 +132,8 @@ def learn(x_NT: torch.Tensor, hop: int, rhythm_Q: np.ndarray) -> tuple[torch.Ten
     everyone_N = np.zeros(len(x_NT), np.int64)
     own_NT = found.wave(torch.stack([rhythm_NQ, turn_NQ], 2), everyone_N, x_NT.shape[1])
     share = float(((x_NT * own_NT).sum() / (own_NT.square().sum() + 1e-12)).clamp(0, 1))
-    return mean_KMN, weight_KMN, share * wave_MN
+    left = float((x_NT - share * own_NT).square().sum() / (x_NT.square().sum() + 1e-12))
+    return (mean_KMN, weight_KMN, share * wave_MN), 1 - left
 
 
 def _orders(hz_Q: torch.Tensor, samples: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ FADES = 0.9  # what an explained line counts less for each order above the first
 HARMONICS, SIDEBANDS = 60, 4  # of the first rhythm, and of the second around each, that lib/regular.py uses
 FAR = 0.25  # cycles per sample that the first one's should reach
 GAIN = 0.05  # of the lines' power: what another rhythm must explain more
+SHAFT = 0.005  # share that a shaft's stated speed may be off
 LOUDEST = 0.999  # quantile that envelopes are clipped at, so that one knock is not a rhythm
 
 
@@ -67,6 +68,21 @@ def find(signals: list[torch.Tensor], count: int, samples: int) -> np.ndarray:
     if count > 1 and found[0] * HARMONICS < FAR < found[1] * HARMONICS:  # false for NaN
         found[:2] = found[1::-1]  # a slow rhythm's harmonics don't reach far: it is the second's sidebands
     return found
+
+
+def with_shaft(rhythm_Q: np.ndarray, shaft: float) -> list[np.ndarray]:
+    """
+    Rhythms as found, and with a machine's stated shaft (cycles per sample; NaN: not stated) in the last place, if it isn't among them.
+
+    A shaft modulates the blows, and the envelope's lines don't always say so: their sums with another line of the machine may explain more of them.
+    """
+    if not len(rhythm_Q) or not math.isfinite(shaft) or (np.abs(rhythm_Q / shaft - 1) < SHAFT).any():
+        return [rhythm_Q]
+    known = rhythm_Q[np.isfinite(rhythm_Q)][: max(1, len(rhythm_Q) - 1)]
+    own_Q = np.full(len(rhythm_Q), np.nan)
+    own_Q[: len(known)] = known
+    own_Q[min(len(known), len(rhythm_Q) - 1)] = shaft
+    return [rhythm_Q, own_Q]
 
 
 def _line_power(envelope_T: torch.Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a file says of its rate, unit and channels, against what is stated about it; the reason of a refusal names the mend."""
 
 import math
+from collections.abc import Mapping
 
 from lib import channels
 from lib.edf_header import UNITS
@@ -77,3 +78,11 @@ def settle_channels(
     if not complete:
         raise Rejected("channels_missing", f"{has} without names: state channels in dataset.toml")
     return own, everything
+
+
+def settle_shaft(columns: Mapping[str, object]) -> float:
+    """Turns per second of a machine's shaft that columns of a recording state, as `shaft_hz` or `rpm`; NaN where they don't."""
+    from lib.labels import number  # here: it needs readers, which need this module
+
+    hz, per_minute = (number(str(columns.get(name, ""))) for name in ("shaft_hz", "rpm"))
+    return hz or (per_minute or math.nan) / 60

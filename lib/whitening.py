@@ -228,16 +228,19 @@ def fit(
     rhythms: int = 0,
     channels: Sequence[str] = (),
     places: Sequence[list[np.ndarray]] = (),
+    shafts: Sequence[float] = (),
 ) -> Whitening:
     """
     Filters of `order` (0: only a gain), levels of windows of `samples` and at most so many `rhythms`, of groups of signals, each float (C, T) and
     longer than a window.
 
-    With `channels`, `places` says for every signal which of them its rows are, and what they have in common is measured.
+    With `channels`, `places` says for every signal which of them its rows are, and what they have in common is measured. `shafts` are the
+    stated frequencies of each group's machine, cycles per sample: one is taken for a rhythm where more of the signal repeats with it.
     A group's filter solves the normal equations of its mean autocorrelation, so its inverse is stable (Makhoul 1975).
     """
     taps, levels, powers, lines, own, crosses, found = [], [], [], [], [], [], []
-    for group, at in zip(signals, places if channels else [()] * len(signals), strict=True):
+    at_G, shaft_G = places if channels else [()] * len(signals), shafts or [math.nan] * len(signals)
+    for group, at, shaft in zip(signals, at_G, shaft_G, strict=True):
         correlation_K = np.mean([autocorrelation(x_CT, order) for x_CT in group], axis=0)
         taps.append(predictor(correlation_K))
         log = np.concatenate([window_levels(x_CT, samples) for x_CT in group])
@@ -246,9 +249,9 @@ def fit(
         own_VK, cross_VV, white = channel_filters(group, at if channels else None, len(channels), taps[-1])
         own.append(own_VK)
         crosses.append(cross_VV)
-        lines.append(rhythm.find(white, rhythms, samples))
-        one = all(len(x_CT) == 1 for x_CT in group) and np.isfinite(lines[-1]).any()
-        found.append(regular.learn(*_hops(group, white, samples), lines[-1]) if one else None)
+        rhythm_Q, repeats = _rhythms(group, white, samples, rhythms, shaft)
+        lines.append(rhythm_Q)
+        found.append(repeats)
         powers.append(torch.stack(long).mean(0) if long else torch.zeros(SEGMENT // 2 + 1, dtype=torch.float64))
     power_GF, rhythm_GQ = torch.stack(powers), torch.from_numpy(np.stack(lines))
     rhythm_GQ = rhythm_GQ[:, rhythm_GQ.isfinite().any(0)]
@@ -260,6 +263,23 @@ def fit(
     own_GVK, cross_GVV = (torch.from_numpy(np.stack(rows)) for rows in (own, crosses))
     fitted = (*tables, power_GF, trim_GF, rhythm_GQ, own_GVK, cross_GVV)
     return Whitening(tuple(names), tuple(channels), *fitted, repeats)
+
+
+def _rhythms(
+    group: list[torch.Tensor], white: list[torch.Tensor], samples: int, count: int, shaft: float
+) -> tuple[np.ndarray, tuple | None]:
+    """At most `count` rhythms of a group's signals, and what they repeat; None where that isn't known, as of several channels."""
+    rhythm_Q = rhythm.find(white, count, samples)
+    long = any(x_CT.shape[1] >= rhythm.LONGEST * samples for x_CT in white)
+    if not long or any(len(x_CT) > 1 for x_CT in group):
+        return rhythm_Q, None
+    hops, repeats, share = _hops(group, white, samples), None, 0.0
+    for own_Q in rhythm.with_shaft(rhythm_Q, shaft):
+        if np.isfinite(own_Q).any():
+            learned, own_share = regular.learn(*hops, own_Q)
+            if own_Q is rhythm_Q or own_share > share + regular.MORE:
+                rhythm_Q, repeats, share = own_Q, learned, own_share
+    return rhythm_Q, repeats
 
 
 def _hops(group: list[torch.Tensor], white: list[torch.Tensor], samples: int) -> tuple[torch.Tensor, int]:

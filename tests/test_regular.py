@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import regular, whitening
+from lib import regular, rhythm, whitening
 from tests.test_rhythm import BLOWS, SHAFT
 
 SAMPLES, HOP = 1024, 128
@@ -35,7 +35,7 @@ def windows(x_T: torch.Tensor, hop: int = HOP) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def learned() -> tuple[regular.Regular, torch.Tensor]:
     hz_Q = np.array([BLOWS, SHAFT])
-    found = regular.learn(windows(machine(np.random.default_rng(0))[0]), HOP, hz_Q)
+    found, _ = regular.learn(windows(machine(np.random.default_rng(0))[0]), HOP, hz_Q)
     return regular.Regular(*(t[None] for t in found)), torch.from_numpy(hz_Q)
 
 
@@ -56,7 +56,7 @@ def test_a_machine_that_drifts_is_as_sharp_as_one_that_does_not():
     shares = []
     for drift in (0.0, 1e-3):
         x_NT = windows(machine(np.random.default_rng(2), noise=0.1, drift=drift)[0])
-        *_, wave_MN = regular.learn(x_NT, HOP, np.array([BLOWS, SHAFT]))
+        (*_, wave_MN), _ = regular.learn(x_NT, HOP, np.array([BLOWS, SHAFT]))
         shares.append(float(2 * wave_MN.abs().square().sum()))  # power of a sum of sinusoids
     assert 0.85 < shares[0] < 1.05 and shares[1] > 0.9 * shares[0]
 
@@ -64,10 +64,10 @@ def test_a_machine_that_drifts_is_as_sharp_as_one_that_does_not():
 def test_one_rhythm_is_enough_and_noise_repeats_next_to_nothing():
     rng = np.random.default_rng(3)
     x_1T, clean_T, _ = machine(rng)
-    *_, wave_MN = regular.learn(windows(x_1T), HOP, np.array([BLOWS, math.nan]))
+    (*_, wave_MN), _ = regular.learn(windows(x_1T), HOP, np.array([BLOWS, math.nan]))
     assert not wave_MN[:, : regular.SIDEBANDS].any() and not wave_MN[:, regular.SIDEBANDS + 1 :].any()
     assert 0.5 < float(2 * wave_MN.abs().square().sum()) < 1.0
-    *_, wave_MN = regular.learn(torch.randn(300, SAMPLES), HOP, np.array([BLOWS, SHAFT]))
+    (*_, wave_MN), _ = regular.learn(torch.randn(300, SAMPLES), HOP, np.array([BLOWS, SHAFT]))
     assert float(2 * wave_MN.abs().square().sum()) < 0.05
 
 
@@ -104,3 +104,20 @@ def test_filters_take_it_off_windows_and_keep_it_in_their_file():
         assert float(left_BCT[0].square().mean()) < 0.7 * float(w_BCT[0].square().mean()) and not own_BCT[1].any()
     none = whitening.fit(("noise",), signals[1:2], 8, SAMPLES, 2)
     assert none.repeats is None and not none.repeated(torch.zeros(3, 0), np.zeros(3, int), 64).any()
+
+
+def test_the_stated_shaft_is_a_rhythm_where_more_repeats_with_it():
+    """What the envelope shows least: blows that are all as loud, and sidebands of the shaft in the signal alone."""
+    x_1T, *_ = machine(np.random.default_rng(4))
+    wrong_Q, hops = np.array([BLOWS, 0.0173]), (windows(x_1T), HOP)
+    tried = rhythm.with_shaft(wrong_Q, SHAFT * 1.001)
+    shares = [regular.learn(*hops, own_Q)[1] for own_Q in tried]
+    assert np.allclose(tried[1], [BLOWS, SHAFT * 1.001]) and shares[1] > shares[0] + 0.1
+    assert len(rhythm.with_shaft(np.array([BLOWS, SHAFT]), SHAFT * 1.001)) == 1
+    assert len(rhythm.with_shaft(wrong_Q, math.nan)) == 1 and len(rhythm.with_shaft(np.zeros(0), SHAFT)) == 1
+    only_Q = rhythm.with_shaft(np.full(2, np.nan), SHAFT)[1]
+    assert only_Q[0] == SHAFT and np.isnan(only_Q[1])
+    second_Q = rhythm.with_shaft(np.array([BLOWS, np.nan]), SHAFT)[1]
+    assert np.allclose(second_Q, [BLOWS, SHAFT])
+    shares = whitening.fit(("a", "b"), [[x_1T], [x_1T]], 0, SAMPLES, 2, shafts=[math.nan, SHAFT])
+    assert np.allclose(shares.rhythm_GQ[0].numpy(), shares.rhythm_GQ[1].numpy(), rtol=0.005)
