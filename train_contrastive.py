@@ -57,7 +57,7 @@ from lib.pairs import PairSampler, labels_of, parse_shares
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.predictor import Predictor
 from lib.prefetch import Prefetch
-from lib.probe import Probe, encode_by
+from lib.probe import Probe, by_label, encode_by
 from lib.ranks import Ranks, join
 from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.tensors import load_tensors, save_tensors
@@ -553,8 +553,9 @@ def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
         k for k in first if k in metrics and not k.endswith(("_bandpower", "_chance")) and not k.startswith("signal_")
     )
     metrics |= {f"{k}_before": first[k] for k in before}
+    probes = by_label({k: metrics.pop(k) for k in [*metrics] if k.startswith("probe_")}, state["probe_protocol"])
     projection = str(run.directory / "projection.safetensors")
-    return run.results(state, metrics, parameters, probe_protocol=state["probe_protocol"]) | {"projection": projection}
+    return run.results(state, metrics, parameters, probes=probes) | {"projection": projection}
 
 
 if __name__ == "__main__":

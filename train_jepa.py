@@ -41,7 +41,7 @@ from lib.optim import decay_groups, ema_momentum, ema_update, warm_restarts, war
 from lib.precision import DTYPES, autocast, choose_dtype
 from lib.predictor import Predictor
 from lib.prefetch import Prefetch
-from lib.probe import Probe, encode_by, stimuli
+from lib.probe import Probe, by_label, encode_by, stimuli
 from lib.ranks import Ranks, join
 from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
@@ -445,16 +445,17 @@ def main(cfg: Config) -> dict | None:
 
 
 def report(run: Run, lines: list[dict], state: dict, parameters: int) -> dict:
-    """What the command prints: the last line of the log, and the probe of the untrained encoder from the first."""
+    """What the command prints: the last line of the log, and beside each probe that of the untrained encoder, from the first."""
     first, final = lines[0], lines[-1]
     keys = (
-        "loss loss_latent loss_aux loss_regularised val_loss feature_rank feature_std teacher_cosine predicted_cosine"
+        "val_loss loss loss_latent loss_aux loss_regularised feature_rank feature_std teacher_cosine predicted_cosine"
     )
     keys += " subject_share stimulus_share skipped rollbacks alarm"
-    metrics = {k: v for k, v in final.items() if k in keys.split() or k.startswith("probe_")}
-    probes = (k for k in first if k.startswith("probe_") and not k.endswith(("_bandpower", "_chance")))
-    metrics |= {f"{k}_untrained": first[k] for k in probes}
-    return run.results(state, metrics, parameters, probe_protocol=state["probe_protocol"])
+    metrics = {k: final[k] for k in keys.split() if k in final}
+    told = {k: v for k, v in final.items() if k.startswith("probe_")}
+    own = (k for k in first if k.startswith("probe_") and not k.endswith(("_bandpower", "_chance")))
+    told |= {f"{k}_untrained": first[k] for k in own}
+    return run.results(state, metrics, parameters, probes=by_label(told, state["probe_protocol"]))
 
 
 if __name__ == "__main__":

@@ -321,6 +321,17 @@ def judge(said_BK: np.ndarray, y_B: np.ndarray, classes: int) -> tuple[float, ..
     return float(right), float(np.mean([roc_auc_score(y_B == k, said_BK[:, int(k)]) for k in levels]))
 
 
+def by_label(scores: dict[str, float], protocol: dict[str, str]) -> dict[str, dict]:
+    """What a command prints of `probe_` scores: per label of `protocol` its scores, that of `probe_task` as `score`, and how it was scored."""
+    told: dict[str, dict] = {name: {} for name in sorted(protocol)}
+    for key, value in scores.items():
+        rest = f"{key.removeprefix('probe_')}_"
+        name = max((label for label in told if rest.startswith(f"{label}_")), key=len)  # quality, not qual
+        way = rest[len(name) + 1 : -1]
+        told[name][way if way.startswith(("auroc", "recentred", "chance")) else f"score_{way}".rstrip("_")] = value
+    return {name: {**dict(sorted(of.items())), "protocol": protocol[name]} for name, of in told.items()}
+
+
 def covering_events(windows: Windows, ids_B: np.ndarray) -> tuple[list[str | None], np.ndarray]:
     """The kind of event that covers each window, None if none does, and the seconds from the event's onset to the window's start."""
     cache = windows.cache

@@ -275,6 +275,18 @@ def test_other_samplers(changes, cache, tmp_path):
     assert main(config(cache, tmp_path / "x", steps=1, **changes))["step"] == 1
 
 
+def test_the_last_line_says_what_matters_first_and_probes_by_label(cache, tmp_path):
+    results = main(config(cache, tmp_path / "x", steps=1))
+    assert [*results][:4] == ["run", "step", "metrics", "probes"] and [*results["metrics"]][0] == "val_loss"
+    assert not any(name.startswith("probe_") for name in results["metrics"])
+    last = log(tmp_path / "x")[-1]
+    told = results["probes"]["condition"]
+    assert (
+        told["score"] == last["probe_condition"] and told["auroc_bandpower"] == last["probe_condition_auroc_bandpower"]
+    )
+    assert told["score_untrained"] == log(tmp_path / "x")[0]["probe_condition"] and "subjects" in told["protocol"]
+
+
 def test_a_run_that_collapses_says_so_loudly_and_stops_if_asked(cache, straight, tmp_path, capsys):
     # no slow teacher, a rate to fall over with, and nothing that keeps what visible tokens show
     changes = dict(ema=0.0, lr=1e-2, visible=0.0, eval_every=8)

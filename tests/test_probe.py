@@ -10,7 +10,19 @@ from sklearn.preprocessing import StandardScaler
 
 from lib import probe as module
 from lib.cache import Cache
-from lib.probe import Label, Probe, covering_events, judge, logistic, project, recentre, ridge, stimuli, varies_within
+from lib.probe import (
+    Label,
+    Probe,
+    by_label,
+    covering_events,
+    judge,
+    logistic,
+    project,
+    recentre,
+    ridge,
+    stimuli,
+    varies_within,
+)
 from tests import recipes
 
 VAL = [f"{s:02d}" for s in range(0, 24, 3)]
@@ -223,3 +235,13 @@ def test_the_event_that_covers_a_window(cache, monkeypatch):
     assert {names[i] for i in ids[inside]} == {"look 0"} and {names[i] for i in ids[~inside]} == {None}
     monkeypatch.setattr(module, "BIN_S", 1.0)
     assert [n for n in stimuli(windows, ids[inside])] == [f"look {int(s - 2)}" for s in start_s[inside]]
+
+
+def test_scores_are_told_by_label():
+    scores = {"probe_age": 0.1, "probe_age_chance": 0.0, "probe_age_group_auroc_bandpower": 0.6}
+    scores |= {"probe_age_untrained": 0.2, "probe_age_group_bandpower": 0.5, "probe_age_group_recentred": 0.7}
+    assert by_label(scores, {"age_group": "on val", "age": "crossed", "sex": "left out"}) == {
+        "age": {"chance": 0.0, "score": 0.1, "score_untrained": 0.2, "protocol": "crossed"},
+        "age_group": {"auroc_bandpower": 0.6, "recentred": 0.7, "score_bandpower": 0.5, "protocol": "on val"},
+        "sex": {"protocol": "left out"},
+    }
