@@ -605,7 +605,7 @@ def generate(cfg: Config, ranks: Ranks) -> dict:
     flags += f" --given {shlex.join(cfg.given)}" if cfg.given else ""
     recordings = write_generated(cfg.out, found, meta["run"], f"python {Path(__file__).name} {flags}")
     return {
-        "run": meta["run"], "step": meta["step"], "metrics": {}, "cache": cfg.out, "recordings": recordings, "windows": first,
+        "run": str(Path(cfg.model).parent), "step": meta["step"], "metrics": {}, "cache": cfg.out, "recordings": recordings, "windows": first,
         "nfe": cfg.nfe, "solver": cfg.solver, "windows_per_s": round(first / spent_s, 1),
         "seconds": round(time.perf_counter() - began, 2), "model": cfg.model,
     }  # fmt: skip

@@ -152,7 +152,7 @@ def score_run(
         path, json_line({"recording": keys, "healthy": well_R[row_N], "scores": told, "table": table}).encode()
     )
     return {
-        "run": meta["run"], "step": meta["step"], "metrics": {name: row["auroc"] for name, row in table.items()},
+        "run": str(path.parent), "step": meta["step"], "metrics": {name: row["auroc"] for name, row in table.items()},
         "windows": len(keys), "left_out": left_out, "scores": str(path), "model": str(model), "seconds": round(time.perf_counter() - began, 2),
     }  # fmt: skip
 

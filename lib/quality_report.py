@@ -377,7 +377,7 @@ def judge_run(
         folder / "report.html", f"Flow {meta['run']}", rows, **figures, sweep=swept, log=log, command=command, seed=seed
     )
     return {
-        "run": meta["run"], "step": meta["step"], "metrics": {name: row["value"] for name, row in rows.items()}, "verdict": verdict,
+        "run": str(folder), "step": meta["step"], "metrics": {name: row["value"] for name, row in rows.items()}, "verdict": verdict,
         "windows": len(fake.x_NCL), "nfe": nfe, "solver": solver, "table": str(folder / "metrics.json"),
         "report": str(folder / "report.html"), "seconds": round(time.perf_counter() - began, 2),
     }  # fmt: skip

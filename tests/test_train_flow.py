@@ -339,6 +339,7 @@ def test_samples_are_a_cache_in_physical_units_that_tools_read(straight, tmp_pat
 
     results = sample("a", "label=worn", "--nfe", 4)
     assert results["windows"] == 64 and results["nfe"] == 4 and results["windows_per_s"] > 0
+    assert results["run"] == str(straight)  # a path, as training prints it
     cache = Cache(tmp_path / "a")
     assert (
         cache.unit == "g"
@@ -442,7 +443,7 @@ def test_scores_stand_beside_plain_ones(caches, straight):
         found["scores"]
     )
     assert all(len(s["value"]) == len(found["recording"]) == results["windows"] for s in found["scores"].values())
-    assert results["metrics"]["5-NN of log-spectra"] > 0.9
+    assert results["metrics"]["5-NN of log-spectra"] > 0.9 and results["run"] == str(straight)
 
 
 @pytest.mark.slow
@@ -469,6 +470,8 @@ def test_samples_are_judged_after_training(caches, tmp_path):
     assert (
         Path(results["report"]).exists() and results["metrics"]["quality_class_accuracy"] > 0.8 and results["verdict"]
     )
+    later = main(Config(judge=80, model=results["model"], cache=(str(caches[1]),), hold_out="time"))
+    assert later["run"] == results["run"] == str(tmp_path / "run")
 
 
 def test_models_of_another_version_are_refused_in_one_line(straight, tmp_path):
