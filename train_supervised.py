@@ -71,7 +71,7 @@ class Config(RunConfig):
     event_s: float = 0.0  # duration of events that have none, s
     stretch_s: float = 0.25  # of a seizure's probability, s
     # data
-    cache: tuple[str, ...] = ("cache/demo",)  # directories written by build_cache.py
+    cache: tuple[str, ...] = ("cache/demo",)  # directories written by build_cache.py; for --evaluate, too
     where: tuple[str, ...] = ()  # only recordings with these values, as in: task=RestingState run=03+07
     window_s: float | None = None  # length of a window, s; none: 2 for the challenge, 16 for seizures, else 4
     stride_s: float | None = None  # from one window's start to the next, s; none: half a window
@@ -493,6 +493,7 @@ def finish(
 ) -> tuple[dict, dict]:
     """What a run leaves: the model with its thresholds and baselines, scores, report. Its results, and what was said."""
     train, val, score = (examples[k] for k in ("train", "val", "score"))
+    say_unknown(run, score)
     if cfg.baseline_windows and not train.coverage:
         run.say("fitting the classical baselines")
     fitted = evaluation.fit(inference, train, val, rows, cfg.baseline_windows, cfg.transfer)
@@ -505,10 +506,16 @@ def finish(
     results = {
         "run": str(run.directory), "step": state["step"], "chosen_step": meta["step"], "mode": meta["mode"], "model": str(path),
         "scored": "val, by which the model was chosen: --evaluate opens test", "dtype": inference.dtype, "detection": fitted.detection,
-        "examples": {name: len(e) for name, e in examples.items()}, "parameters": sum(p.numel() for p in inference.decoder.parameters()),
+        "examples": {name: len(e) for name, e in examples.items()}, "unknown_classes": score.unknown, "parameters": sum(p.numel() for p in inference.decoder.parameters()),
         "windows_per_s": median_speed(lines),
     }  # fmt: skip
     return score_report.leave(run, asdict(cfg), inference, score, ways, said, results), ways
+
+
+def say_unknown(run: Run, score: Examples) -> None:
+    """What is left out of the scores because training lacked its class."""
+    for name, classes in score.unknown.items():
+        run.say(f"{name}: training lacked {', '.join(classes)}; their windows are left out of the scores")
 
 
 # ----------------------------------------------------------------------------
@@ -529,16 +536,18 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
     run = Run(cfg, __file__, ranks)
     results = None
     if ranks.first:
-        words = f"{len(rows)} recordings of {len(set(subjects))} subjects; choose nothing by what it says"
+        caches = ", ".join(map(str, cache.paths))
+        words = f"{len(rows)} recordings of {len(set(subjects))} subjects of {caches}; choose nothing by what it says"
         run.say(f"THE TEST SPLIT IS OPEN: {words}")
         run.log(meta["step"], event="test_opened", model=cfg.evaluate)
+        say_unknown(run, score)
         fitted = Fitted.unpack(meta, tensors, len(decoder.targets))
         inference = inference_of(cfg, decoder.to(ranks.device), "float32" if cfg.dtype == "auto" else cfg.dtype)
         transfer = meta["transfer"] if cfg.transfer == "none" else cfg.transfer  # heads that learned with it need it
         ways, said = evaluation.compare(inference, fitted, score, rows, transfer)
         results = {
             "run": str(run.directory), "step": meta["step"], "mode": meta["mode"], "model": cfg.evaluate, "scored": "test",
-            "subjects": len(set(subjects)), "recordings": len(rows), "transfer": transfer, "detection": meta["detection"],
+            "cache": [str(path) for path in cache.paths], "subjects": len(set(subjects)), "recordings": len(rows), "unknown_classes": score.unknown, "transfer": transfer, "detection": meta["detection"],
             "windows_per_s": round(len(score) / max(run.seconds(), 1e-9), 1),
         }  # fmt: skip
         results = score_report.leave(run, asdict(cfg), inference, score, ways, said, results)

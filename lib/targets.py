@@ -229,13 +229,19 @@ class Examples:
         self.cache, self.targets, self.samples = cache, list(targets), round(window_s * cache.rate_hz)
         self.table_RK = np.full((len(cache.recordings), len(targets)), np.nan, np.float32)
         listed: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.unknown: dict[str, list[str]] = {}  # classes there are that training lacked, by target: left out
         for k, target in enumerate(targets):
             if target.source == "column":
                 column = cache.column(target.labels[0])
-                self.table_RK[rows, k] = [target.encode(column[i]) for i in rows]
+                values = [column[i] for i in rows]
+                self.table_RK[rows, k] = [target.encode(v) for v in values]
             elif target.source == "event":
                 row_N, start_N, values = event_examples(cache, target, rows, self.samples, event_s)
                 listed.append((k, row_N, start_N, np.array([target.encode(v) for v in values], np.float32)))
+            else:
+                continue
+            if target.classes and (new := {class_name(v) for v in values} - {None, *target.classes}):
+                self.unknown[target.name] = sorted(new)
         self.coverage = Coverage(cache, SEIZURE) if any(t.source == SEIZURE for t in targets) else None
         along = [i for i in rows if self.coverage or np.isfinite(self.table_RK[i]).any()]
         self.windows = cache.windows(None, window_s, stride_s, along) if along else None
@@ -244,9 +250,11 @@ class Examples:
         self.rows = sorted({*along, *self.row_N.tolist()})  # recordings that examples are of
         if not len(self):
             names = ", ".join(t.name for t in targets)
-            raise Unusable(
-                f"--target {names}: none of {len(rows)} recordings has a value, or a window long enough for one"
-            )
+            words = f"--target {names}: none of {len(rows)} recordings has a value, or a window long enough for one"
+            for name, new in self.unknown.items():
+                words = f"--target {name}: {len(rows)} recordings are of {', '.join(new)}, classes that training doesn't have"
+                words += f"; if it is a quantity, say {name}:regression" * all(number(v) is not None for v in new)
+            raise Unusable(words)
 
     def _list(self, listed: list[tuple]) -> None:
         """Listed examples sorted by recording and time; a window that several targets list is one example."""

@@ -143,9 +143,9 @@ def test_test_is_opened_by_evaluate_alone_and_says_so(straight, cache, tmp_path,
         cache=(str(cache),), name=str(tmp_path / "test"), evaluate=str(straight / "model.safetensors"), resamples=20
     )
     results = main(cfg)
-    assert (
-        results["scored"] == "test" and results["subjects"] == 2 and "THE TEST SPLIT IS OPEN" in capfd.readouterr().err
-    )
+    told = capfd.readouterr().err
+    assert results["scored"] == "test" and results["subjects"] == 2 and "THE TEST SPLIT IS OPEN" in told
+    assert results["cache"] == [str(cache)] and f"subjects of {cache}" in told and results["unknown_classes"] == {}
     assert {"challenge1_nrmse", "challenge2_nrmse", "challenge_score"} <= results["metrics"].keys()
     lines = (tmp_path / "test" / "predictions.csv").read_text().splitlines()[1:]
     assert {line.split("/")[1][:3] for line in lines} and not any("s02_" in line for line in lines)

@@ -48,6 +48,20 @@ def test_challenge1_is_the_response_time_half_a_second_after_the_stimulus(cache)
     )
 
 
+def test_classes_that_training_lacked_are_named(cache):
+    by_age = {r: cache.column("age")[r] for r in rows(cache)}
+    youngest, eldest = min(by_age.values()), max(by_age.values())
+    seen = [r for r, age in by_age.items() if age != eldest]
+    (target,) = read_targets(cache, ["age:classification"], seen, 200)
+    assert not Examples(cache, [target], seen, 2.0, 2.0).unknown
+    some = Examples(cache, [target], rows(cache), 2.0, 2.0)
+    assert some.unknown == {"age": [f"{eldest:g}"]} and set(some.rows) == {*seen}
+    others = [r for r, age in by_age.items() if age == eldest]
+    with pytest.raises(Unusable, match=f"are of {eldest:g}, classes that training doesn't have; .*say age:regression"):
+        Examples(cache, [target], others, 2.0, 2.0)
+    assert youngest != eldest
+
+
 def test_a_moved_window_has_a_response_time_moved_along(cache):
     every = rows(cache, task="contrastChangeDetection")
     targets = read_targets(cache, ["challenge1", "age"], every, 200)
