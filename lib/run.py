@@ -76,6 +76,11 @@ def saved_config(cfg: RunConfig) -> RunConfig:
     except (OSError, ValueError) as error:
         raise Unusable(f"no run to resume at {directory} ({error}); leave out --resume to start one") from error
     except TypeError as error:
+        others = sorted(p.name for p in (directory / "code").glob("*.py") if p.name != Path(sys.argv[0]).name)
+        if others:  # of another phase
+            raise Unusable(
+                f"{directory} is a run of {others[0]}: python {others[0]} --name {directory} --resume"
+            ) from error
         raise Unusable(
             f"{directory} was written by another version of this script ({error}); start a new run"
         ) from error

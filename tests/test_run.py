@@ -171,7 +171,7 @@ def test_an_existing_run_is_neither_continued_nor_lost_by_accident(script):
     run.close()
 
 
-def test_resume_takes_the_flags_of_the_run(script):
+def test_resume_takes_the_flags_of_the_run(script, monkeypatch):
     with pytest.raises(Unusable, match="no run to resume"):
         saved_config(Config(resume=True))
     with pytest.raises(Unusable, match="no run to resume"):
@@ -189,6 +189,9 @@ def test_resume_takes_the_flags_of_the_run(script):
         parse("--name", "b", "--resume", "--lr", "0.6")
     (Path("runs/b/config.json")).write_text('{"lr": 0.7, "gone": 1}')
     with pytest.raises(Unusable, match="another version"):
+        parse("--name", "b", "--resume")
+    monkeypatch.setattr("sys.argv", ["train_other.py"])
+    with pytest.raises(Unusable, match=f"is a run of {script.name}: python {script.name} --name runs/b --resume"):
         parse("--name", "b", "--resume")
 
 
