@@ -3,6 +3,7 @@ Which number format the matrix products run in, decided by measuring.
 """
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -45,4 +46,7 @@ def choose_dtype(
                 if ranks.device.type == "cuda":
                     torch.cuda.synchronize()
                 best[dtype] = min(best[dtype], time.perf_counter() - started) if repeat else float("inf")
-    return ranks.agree("bfloat16" if best["bfloat16"] < ADVANTAGE * best["float32"] else "float32")
+    chosen = ranks.agree("bfloat16" if best["bfloat16"] < ADVANTAGE * best["float32"] else "float32")
+    if ranks.first:  # the only choice that the clock makes
+        print(f"--dtype auto: measured, {chosen} it is; --dtype {chosen} repeats this run exactly", file=sys.stderr)
+    return chosen

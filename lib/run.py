@@ -55,7 +55,7 @@ class RunConfig:
     overwrite: bool = False  # delete the run of that name first
     seed: int = 0  # of weights, batches and masks
     device: str = "auto"  # cuda if there is one, else cpu
-    dtype: Dtype = "auto"  # of matrix products; auto: measured at the start and kept on resume
+    dtype: Dtype = "auto"  # of matrix products; auto: measured, kept on resume; name one to repeat a run
     compile: bool = False  # torch.compile; needs a C++ compiler on CPUs
     log_every: int = 10  # steps per line of log.jsonl
     eval_every: int = 100  # steps between validations; 0: only at the end

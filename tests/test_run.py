@@ -19,6 +19,7 @@ import torch
 
 from lib import command
 from lib.errors import Failed, Unusable
+from lib.precision import choose_dtype
 from lib.prefetch import Prefetch
 from lib.ranks import Ranks, join
 from lib.run import Run, RunConfig, saved_config, steps_of
@@ -193,6 +194,13 @@ def test_resume_takes_the_flags_of_the_run(script, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_other.py"])
     with pytest.raises(Unusable, match=f"is a run of {script.name}: python {script.name} --name runs/b --resume"):
         parse("--name", "b", "--resume")
+
+
+def test_a_choice_of_the_clock_says_how_to_repeat_it(capsys):
+    layer = torch.nn.Linear(4, 4)
+    chosen = choose_dtype("auto", lambda m: m(torch.ones(2, 4)), (layer,), ONE)
+    assert f"--dtype {chosen} repeats this run exactly" in capsys.readouterr().err
+    assert choose_dtype("float32", None, (), ONE) == "float32" and not capsys.readouterr().err
 
 
 def train(run: Run, first: int, last: int, model, optimizer) -> None:
