@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.errors import Unusable
 from lib.losses import loss_vicreg
 from lib.models import Architecture, Places
-from lib.tensors import load_tensors, save_tensors
+from lib.tensors import check_format, load_tensors, save_tensors
 
 FORMAT, VERSION = "berger-projection", 1
 COLDEST, HOTTEST = 0.01, 1.0  # bounds of a learned temperature; CLIP's lower one
@@ -71,8 +70,7 @@ def save_projection(path: str | Path, project: Projection, architecture: Archite
 def load_projection(path: str | Path) -> tuple[Projection, dict]:
     """A projection of `save_projection` (on the CPU, in evaluation mode) and its metadata. Raises Unusable."""
     tensors, meta = load_tensors(path)
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    check_format(meta, path, FORMAT, VERSION)
     project = Projection(Architecture(**meta["architecture"]), meta["width"], meta["time"], 0.1)
     project.load_state_dict(tensors)
     return project.eval(), meta

@@ -20,7 +20,7 @@ from lib.corpus import Corpus, even
 from lib.errors import Unusable
 from lib.lineage import digest
 from lib.masks import uniform
-from lib.tensors import load_tensors, save_tensors
+from lib.tensors import check_format, load_tensors, save_tensors
 from lib.velocity import Velocity, describe, rebuild
 from lib.whitening import SEGMENT, Whitening, restore
 
@@ -66,8 +66,7 @@ def save_model(path: Path, net: Velocity, whiten: Whitening, meta: dict) -> None
 def load_model(path: str | Path) -> tuple[Velocity, Whitening, dict]:
     """A network (on the CPU, in evaluation mode), its filters, and the file's metadata. Raises Unusable."""
     tensors, meta = load_tensors(path)
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    check_format(meta, path, FORMAT, VERSION)
     own = {k.removeprefix("whiten."): t for k, t in tensors.items() if k.startswith("whiten.")}
     try:
         net, whiten = rebuild(meta), restore(meta["groups"], own, meta.get("channels", ()))

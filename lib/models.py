@@ -26,7 +26,7 @@ from lib.hybrid import HybridBlock
 from lib.lineage import inherited
 from lib.mamba import MambaBlock
 from lib.perceiver import Nearest, Perceiver
-from lib.tensors import load_tensors, save_tensors
+from lib.tensors import check_format, load_tensors, save_tensors
 
 FORMAT = "berger-encoder"
 VERSION = 1
@@ -379,8 +379,7 @@ def load_encoder(path: str | Path, cache=None, asked: bool = False) -> tuple[nn.
     them in another way; of another phase of the filter alone, or an alignment that was `asked` for, stderr is told.
     """
     tensors, meta = load_tensors(path)
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    check_format(meta, path, FORMAT, VERSION)
     if cache is not None:
         check_signal(meta, cache, path, tuned=True)
         check_alignment(meta, cache, path, asked)

@@ -33,7 +33,7 @@ from lib.grid import to_patches
 from lib.latency import Latency
 from lib.models import Architecture, build_encoder, check_alignment, check_signal
 from lib.targets import Target
-from lib.tensors import load_tensors, save_tensors
+from lib.tensors import check_format, load_tensors, save_tensors
 
 FORMAT, VERSION = "berger-model", 1
 Kind = Literal["mean", "sites", "attention", "prelocal", "postlocal", "contextual", "latency"]
@@ -242,8 +242,7 @@ def load_model(path: str | Path, cache=None) -> tuple[Decoder, dict, dict[str, t
     in another way.
     """
     tensors, meta = load_tensors(path)
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    check_format(meta, path, FORMAT, VERSION)
     if cache is not None:
         check_signal(meta, cache, path)
         check_alignment(meta, cache, path)

@@ -375,7 +375,10 @@ def balanced(targets: Sequence[Target], examples: Examples, weigh: bool = True) 
         if target.classes and target.source != SEIZURE:
             lacking = [c for c, n in zip(target.classes, count_C.tolist(), strict=True) if not n]
             if lacking:
-                raise Unusable(f"--target {target.name}: no training window is long enough for class {lacking[0]}")
+                length = f"a window of {examples.samples / examples.cache.rate_hz:g} s"
+                raise Unusable(
+                    f"--target {target.name}: no training recording of class {lacking[0]} holds {length}: lower --window-s"
+                )
             share_C = count_C / count_C.sum()
             target = replace(target, shares=tuple(share_C.tolist()))
             if weigh:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lib.cache import Cache
 from lib.errors import Unusable
-from lib.tensors import load_tensors, save_tensors
+from lib.tensors import check_format, load_tensors, save_tensors
 
 FORMAT, VERSION = "berger-traits", 1
 MOST_LEVELS = 5  # a column of more distinct numbers is a quantity
@@ -168,8 +168,7 @@ def save_heads(path: str | Path, heads: AuxiliaryHeads, meta: dict) -> None:
 def load_heads(path: str | Path) -> tuple[AuxiliaryHeads, dict]:
     """Heads of `save_heads` (on the CPU) and their metadata. Raises Unusable."""
     tensors, meta = load_tensors(path)
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        raise Unusable(f"{path} is {meta.get('format')} {meta.get('version')}, expected {FORMAT} {VERSION}")
+    check_format(meta, path, FORMAT, VERSION)
     traits = [Trait(t["name"], tuple(t["classes"]), tuple(t["weights"]), t["mean"], t["std"]) for t in meta["traits"]]
     heads = AuxiliaryHeads(tensors["heads.0.weight"].shape[1] if traits else 1, traits)
     heads.load_state_dict(tensors)

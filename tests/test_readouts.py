@@ -124,7 +124,7 @@ def test_a_model_is_its_file(kind, tmp_path):
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     save_tensors(tmp_path / "e.safetensors", {"x": torch.ones(1)}, {"format": "berger-encoder", "version": 1})
-    with pytest.raises(Unusable, match="expected berger-model 1"):
+    with pytest.raises(Unusable, match="is berger-encoder 1, .* model.safetensors of a run of train_supervised.py"):
         load_model(tmp_path / "e.safetensors")
 
 

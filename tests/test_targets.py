@@ -233,3 +233,13 @@ def test_words_are_columns_before_events(cache):
     assert parse_word(cache, "seizure")[2] == "seizure"
     assert parse_word(cache, "age:regression")[:3] == ("age", "regression", "column")
     assert parse_word(cache, "left_target+right_target")[2:] == ("event", ("left_target", "right_target"))
+
+
+def test_a_class_without_a_window_is_refused_with_the_mend(cache):
+    every = rows(cache)
+    (target,) = read_targets(cache, ["task"], every, 200)
+    by_task = {task: max(cache.recordings[i].samples for i in rows(cache, task=task)) / 100 for task in target.classes}
+    shortest, window_s = min(by_task, key=by_task.get), (min(by_task.values()) + max(by_task.values())) / 2
+    examples = Examples(cache, [target], every, window_s, 1.0)
+    with pytest.raises(Unusable, match=f"class {shortest} holds a window of .* s: lower --window-s"):
+        balanced([target], examples)
