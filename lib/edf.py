@@ -112,6 +112,38 @@ def read_annotations(header: Header) -> tuple[list[tuple[int, int, float]], list
     return segments, sorted(kept, key=lambda event: event[0])
 
 
+def holds_only_annotations(path: Path) -> bool:
+    """Whether a file is an EDF+ or BDF+ of annotations about another recording, such as a hypnogram."""
+    try:
+        with open(path, "rb") as file:
+            return not parse_header(path, file, os.fstat(file.fileno()).st_size, annotations_only=True).signals
+    except (OSError, Rejected):
+        return False
+
+
+def read_annotation_file(path: Path, recording: Path) -> list[tuple[float, float, str]]:
+    """
+    Events (onset_s, duration_s, text) of an EDF+ of annotations, sorted, in seconds from the start that the header of `recording` states.
+
+    Without a date in either header both start together. Raises Rejected: `labels_unreadable`.
+    """
+    starts = []
+    try:
+        for file_path in (path, recording):
+            with open(file_path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                header = parse_header(file_path, file, size, annotations_only=True)
+            starts.append(header.start)
+            if file_path is path:
+                _, events, unread = _read_tals(header, max(0, size - header.header_bytes) // header.record_bytes)
+    except (OSError, Rejected) as error:
+        raise Rejected("labels_unreadable", f"{path.name}: {error}") from error
+    if unread:
+        raise Rejected("labels_unreadable", f"{path.name}: {unread} annotations can't be read")
+    later_s = (starts[0] - starts[1]).total_seconds() if all(starts) else 0.0
+    return sorted(((onset + later_s, duration, text) for onset, duration, text in events), key=lambda e: e[0])
+
+
 def write_edf(
     path: Path,
     x_CT_uv: np.ndarray,

@@ -81,8 +81,8 @@ class Header:
             self.notes.append(text)
 
 
-def parse_header(path: Path, file, size: int) -> Header:
-    """The header at the start of the open `file` of `size` bytes, consistent in itself. Raises Rejected."""
+def parse_header(path: Path, file, size: int, annotations_only: bool = False) -> Header:
+    """The header at the start of the open `file` of `size` bytes, consistent in itself; with signals or, if asked for, without. Raises Rejected."""
     first = file.read(256)
     if size == 0:
         raise Rejected("empty", f"{path}: zero bytes")
@@ -106,8 +106,10 @@ def parse_header(path: Path, file, size: int) -> Header:
     columns = _cells(file.read(header_bytes - 256), PER_SIGNAL, count)
     for i in range(count):
         _add_signal(header, {name: column[i] for name, column in columns.items()})
+    if annotations_only and not header.signals and header.annotations:
+        return header  # its records last no time
     if not header.signals:
-        raise Rejected("no_signals", f"{path}: only annotations")
+        raise Rejected("no_signals", f"{path}: only annotations, and no recording that they are named after beside it")
     if not record_s > 1e-6:
         raise Rejected("record_duration", f"{path}: records of {cell['record_s'][0]!r} seconds")
     if unusable := [s.label for s in header.signals if not s.usable]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import labels, recordings, store
+from lib import edf, labels, recordings, store
 from lib.channels import POSITIONS
 from lib.errors import Rejected
 from lib.recordings import Event
@@ -197,6 +197,7 @@ def _sidecar_events(
     binary = [p for p in seizure_files if p.name.lower().endswith(".csv_bi")]
     per_channel = [p for p in seizure_files if p not in binary and p.exists()]
     added: list[Event] = []
+    scored: list[Event] = []  # by several files, if several people or programs did
     if channel_labels and per_channel and not any(p.exists() for p in binary):
         found = labels.read_csv_channels(per_channel[0], duration_s)
     elif binary:
@@ -212,9 +213,13 @@ def _sidecar_events(
             events, notes = labels.read_events_tsv(path)
         elif name.endswith(("-eve.fif", "_eve.fif", "-eve.fif.gz", ".eve")):
             events, notes = recordings.read_event_file(path, part["source_rate_hz"], part["first_sample"]), []
+        elif name.endswith((".edf", ".bdf")):
+            scored += [Event(*annotation) for annotation in edf.read_annotation_file(path, source.path)]
+            continue
         else:
             continue
         own, remarks = events or own, remarks + notes
+    own = scored or own
     return own + added, remarks
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from lib import labels
+from lib import edf, labels
 from lib.errors import Unusable
 from lib.folders import Dataset, posix, walk
 from lib.recordings import SUFFIXES, ReadSpec, companions, suffix
@@ -37,6 +37,7 @@ _TUH_NAME = re.compile(r"(?P<subject>[a-z]{8}|\d{8})_(?P<session>s\d{3})_(?P<run
 _TUH_MONTAGE = re.compile(r"\d\d_tcp_\w+", re.IGNORECASE)
 _SUBJECT = re.compile(r"(?<![a-z])(?:subject|subj|sub|participant|patient|pat)[-_ ]?\d+", re.IGNORECASE)
 _INITIALS = re.compile(r"^(?!p300)[sp][-_]?\d{2,}", re.IGNORECASE)
+_SCORED = re.compile(r"(?P<recording>.+?)[-_ ](hypnogram|(sleep)?scoring|annotations?|stages|base)$", re.IGNORECASE)
 _ABOUT = re.compile(
     r"(.+[-_])?(readme|participants?|labels?|events?|markers?|annotations?|channels?|electrodes?|coordsystem)"
     r"|subjects?([-_ ]?(info|list|data))?|demographics|phenotypes?|records|annotators|metadata|info|notes?|(sha\d*|md5)(sums?)?|checksums?"
@@ -54,7 +55,9 @@ class Source:
     dataset: str
     layout: str  # bids | tuh | toml | folder
     companions: tuple[Path, ...]  # other files the signal lives in
-    label_files: tuple[Path, ...]  # .csv_bi (also one that should be there and isn't), .csv, events.tsv, -eve.fif
+    label_files: tuple[
+        Path, ...
+    ]  # .csv_bi (also one that should be there and isn't), .csv, events.tsv, -eve.fif, EDF+ of annotations
     spec: ReadSpec
     subject: str
     session: str = ""
@@ -163,6 +166,8 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
     for part in parts:
         layout, listings = _layout(part), _Listings()
         paths = sorted(p for p in part.paths if p.name.lower() != table)
+        annotated = _annotated(paths)
+        paths = sorted(set(paths) - {file for files in annotated.values() for file in files})
         if layout != "toml":
             paths, tables = _signals_and_tables(paths)
             left_out.setdefault("tables about recordings", []).extend(posix(p, part.base) for p in tables)
@@ -178,7 +183,8 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
                 found.rejected.append((f"{name}/{relative}", path, *facts))
         found.notes += _guess_subjects({relative: facts for relative, (_, facts) in understood.items()}, name)
         for relative, (path, facts) in understood.items():
-            sources.append(_source(f"{name}/{relative}", path, layout, part, spec, facts, listings))
+            source = _source(f"{name}/{relative}", path, layout, part, spec, facts, listings)
+            sources.append(replace(source, label_files=(*source.label_files, *annotated.get(path, ()))))
     if rule and rule.pattern and not sources and (paths := [posix(p, part.base) for part in parts for p in part.paths]):
         raise Unusable(
             f"{rule.path}: pattern {rule.pattern.pattern!r} matches none of {len(paths)} recordings, e.g. {paths[0]}"
@@ -234,6 +240,28 @@ def _signals_and_tables(paths: list[Path]) -> tuple[list[Path], list[Path]]:
         if _ending(p.name) in CONTAINERS and (_ABOUT.fullmatch(_stem(p)) or (p.parent, _stem(p)) in stems)
     ]
     return sorted(set(paths) - set(tables)), tables
+
+
+def _annotated(paths: list[Path]) -> dict[Path, list[Path]]:
+    """
+    Files that hold nothing but annotations, such as a hypnogram, by the recording in the same folder that they are named after.
+
+    SN001_sleepscoring.edf is of SN001.edf; Sleep-EDF's SC4001EC-Hypnogram.edf, whose last letter says who scored it, of SC4001E0-PSG.edf.
+    """
+    edfs = [p for p in paths if _ending(p.name) in (".edf", ".bdf")]
+    scored = {p: found["recording"] for p in edfs if (found := _SCORED.match(_stem(p)))}
+    annotated: dict[Path, list[Path]] = {}
+    recordings: dict[tuple[Path, str], list[Path]] = {}
+    for path in edfs if scored else ():
+        bare = _bare(path)
+        for name in {bare, re.sub(r"\d$", "?", bare)} if path not in scored else ():
+            recordings.setdefault((path.parent, name), []).append(path)
+    for path, bare in scored.items():
+        names = (bare, re.sub(r"[a-z]$", "?", bare, flags=re.IGNORECASE))
+        of = next((found for name in names if (found := recordings.get((path.parent, name)))), [])
+        if len(of) == 1 and edf.holds_only_annotations(path):
+            annotated.setdefault(of[0], []).append(path)
+    return annotated
 
 
 def _facts(layout: str, relative: str, part: Dataset) -> dict[str, str] | tuple[str, str]:
@@ -359,7 +387,7 @@ class _Listings:
 
 def _bare(path: Path) -> str:
     """The name of a recording without what only says that it is one."""
-    return re.sub(r"[-_](raw|eeg|meg|ieeg)$", "", _stem(path), flags=re.IGNORECASE)
+    return re.sub(r"[-_ ](raw|eeg|meg|ieeg|psg)$", "", _stem(path), flags=re.IGNORECASE)
 
 
 def _nearest_table(path: Path, layout: str, base: Path, listings: _Listings, kind: str) -> Path | None:

@@ -6,6 +6,7 @@ Shapes: C channels, T samples.
 
 import json
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,10 @@ import build_cache
 from lib import channels, store
 from lib.cache import Cache
 from lib.edf import write_edf
+from lib.edf_header import format_header
 from lib.errors import Unusable
 from lib.filters import Spectral
+from lib.sources import discover
 from tests.recipes import noise_uv, run
 
 RULES = Path(__file__).parent / "datasets"
@@ -380,6 +383,58 @@ def test_labels_of_what_is_cropped_away_refuse_nothing(tusz, tmp_path):
     assert events(cache, 0) == [(5.0, 12.0, "seizure")]  # 10 … 22 s of the recording; 30 … 31.5 s are cut off
     assert result["notes"]["label_out_of_range"] == 1
     assert not any(note.startswith("seizure rows clipped") for note in result["notes"])  # the label file is right
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public sets in miniature: names, layout and oddities of the real ones, the recipes of tests/datasets
+
+EVENING = datetime(1989, 4, 24, 16, 13)
+NIGHT = [(0, 30, "Sleep stage W"), (30, 60, "Sleep stage 2"), (90, 30, "Sleep stage R"), (120, 900, "Sleep stage ?")]
+
+
+def write_annotations(path: Path, events, start: datetime = EVENING) -> None:
+    """An EDF+ of annotations alone, in one record that lasts no time, as hypnograms are published."""
+    tals = b"+0\x14\x14\0" + b"".join(f"+{o}\x15{d}\x14{text}\x14\0".encode() for o, d, text in events)
+    tals += b"\0" * (len(tals) % 2)
+    header = format_header([], "uV", [], 1, len(tals) // 2, "EDF+C", 1, 0, start, "X F X Female_33yr")
+    path.write_bytes(header + tals)
+
+
+def test_sleep_edf_hypnograms_are_the_annotations_of_their_recordings(tmp_path):
+    nights = tmp_path / "sleep-edf" / "sleep-cassette"
+    nights.mkdir(parents=True)
+    for name, scorer, later_s in (("SC4001E", "C", 0), ("SC4002E", "C", 10), ("SC4011E", "H", 0)):
+        x_CT = noise_uv(np.random.default_rng(0), 2, 120 * 100)
+        write_edf(nights / f"{name}0-PSG.edf", x_CT, 100, ["EEG Fpz-Cz", "EEG Pz-Oz"], start=EVENING)
+        write_annotations(nights / f"{name}{scorer}-Hypnogram.edf", NIGHT, EVENING + timedelta(seconds=later_s))
+    write_annotations(nights / "SC4012EC-Hypnogram.edf", NIGHT)  # its recording is missing
+    result = build(nights.parent, tmp_path / "cache", dataset=(RULES / "sleep_edf.toml",))
+    assert (result["recordings"], result["subjects"]) == (3, 2)
+    assert result["quarantined_by_code"] == {"no_pattern_match": 1}
+    cache = Cache(tmp_path / "cache")
+    night = [(0.0, 30.0, "W"), (30.0, 60.0, "N2"), (90.0, 30.0, "R")]
+    assert events(cache, row_of(cache, "SC4001E0")) == events(cache, row_of(cache, "SC4011E0")) == night
+    late = events(cache, row_of(cache, "SC4002E0"))  # its clock runs from a later start, and what ends later is cut
+    assert late == [(10.0, 30.0, "W"), (40.0, 60.0, "N2"), (100.0, 20.0, "R")]
+    assert {(r.subject, r.session) for r in cache.recordings} == {("sleep-edf/SC400", s) for s in "12"} | {
+        ("sleep-edf/SC401", "1")
+    }
+
+
+def test_annotations_are_taken_only_by_the_recording_of_their_name(tmp_path):
+    x_CT = noise_uv(np.random.default_rng(0), 1, 1000)
+    for name in ("SN001", "SN003", "SN004", "SN004_annotations"):
+        write_edf(tmp_path / f"{name}.edf", x_CT, 100, ["C3"])
+    write_annotations(tmp_path / "SN001_sleepscoring.edf", NIGHT)
+    write_annotations(tmp_path / "SN002_sleepscoring.edf", NIGHT)
+    found = {s.path.stem: [p.name for p in s.label_files] for s in discover([tmp_path]).sources}
+    assert found == {
+        "SN001": ["SN001_sleepscoring.edf"],
+        "SN002_sleepscoring": [],  # of no recording here: to be refused
+        "SN003": [],
+        "SN004": [],
+        "SN004_annotations": [],  # holds a signal
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
