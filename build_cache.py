@@ -364,6 +364,8 @@ def cache_recording(task: Task) -> dict:
             recording = recordings.open_recording(source.path, source.spec)
             if source.channel_table:
                 labels.apply_channels_tsv(source.channel_table, recording)
+            if source.electrode_files:
+                labels.apply_electrodes_tsv(source.electrode_files, recording)
             if signal["reference"] == "average" and channels.are_bipolar(recording.names, signal["channels"]):
                 signal = {**signal, "reference": "none"}  # differences of neighbours have no reference in common
                 recording.notes.append("bipolar channels left as recorded, not re-referenced")
@@ -396,11 +398,11 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
     stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(task.source.key).stem)[:40]
     shard = f"{store.key_hash(task.source.key)}-{stem}-{content[:6]}.npy"
     size, crc32 = store.write_shard(task.directory / "shards" / shard, ready.z_TC)
-    own = {
-        n: [round(float(v), 5) for v in p]
-        for n, p in recording.positions.items()
-        if channels.canonical(n) not in channels.POSITIONS
-    }
+    own = {}  # of channels whose names don't say where they are, though they may look so
+    for name, electrode in zip(recording.names, channels.standard(recording.names), strict=True):
+        if electrode is None and channels.canonical(name) in ready.names:
+            place = recording.positions.get(name)
+            own[channels.canonical(name)] = place and [round(float(v), 5) for v in place]
     return {
         "status": "cached",
         "shard": shard,

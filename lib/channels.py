@@ -59,7 +59,8 @@ _KINDS = {  # by whole word at the start of the cleaned, upper-case name
     "ecg": r"ECG|EKG",
     "emg": r"EMG",
     "stim": r"STIM|STI|STATUS|TRIG|TRIGGER|TRG|EVENT|MARKER|MARKERS|MARKER0|PHOTIC|DIN|BNC|STIMULUS|ANNOTATIONS|EDF ANNOTATIONS|BDF ANNOTATIONS",
-    "misc": r"IBI|BURSTS|SUPPR|RESP|PULSE|SPO2|TEMP|GSR|ACC|AUX|RIGHT AUX|DC|OSAT|PG|RATE|TIMESTAMP|TIMESTAMPS|TIME|COUNTER|SAMPLE|INDEX|EPOCH|QUALITY|REF|GND|GROUND",
+    "misc": r"IBI|BURSTS|SUPPR|RESP|PULSE|SPO2|TEMP|GSR|ACC|AUX|RIGHT AUX|DC|OSAT|PG|RATE|TIMESTAMP|TIMESTAMPS|TIME|COUNTER|SAMPLE|INDEX|EPOCH|QUALITY|REF|GND|GROUND"
+    r"|PLET|ERG|EXG(?=\d)",  # BioSemi's EXG1 … EXG8 are wherever somebody put them
 }
 _KINDS = {kind: re.compile(rf"^(?:{words})(?![A-Z])") for kind, words in _KINDS.items()}
 _BIOSEMI = re.compile(r"[A-H]\d{1,2}")
@@ -94,6 +95,13 @@ def common_sites(montages: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
 def is_biosemi(names: list[str]) -> bool:
     """Whether A1, A2 … are BioSemi's cap positions rather than the ear lobes: then A3 and A4 stand beside them."""
     return {"A3", "A4"} <= {n.strip() for n in names}
+
+
+def standard(names: list[str]) -> list[str | None]:
+    """The electrode that each channel of one recording is by its name, None where that says none: BioSemi's C3 is a place on its cap."""
+    caps = is_biosemi(names)
+    found = [None if caps and _BIOSEMI.fullmatch(name.strip()) else canonical(name) for name in names]
+    return [name if name in POSITIONS else None for name in found]
 
 
 def are_eyes(names: list[str]) -> bool:
@@ -136,9 +144,9 @@ def select(
     `reference` is what will be subtracted: one electrode alone is nothing but zeros then, and none of `all`.
     Raises Rejected: `no_eeg_channels`, `ambiguous_channel`, `missing_channel`.
     """
-    caps = is_biosemi(names)
-    canon = [n.strip() if caps and _BIOSEMI.fullmatch(n.strip()) else canonical(n) for n in names]
-    known = [c in POSITIONS and not (caps and _BIOSEMI.fullmatch(c)) for c in canon]
+    electrodes = standard(names)
+    canon = [electrode or canonical(name) for electrode, name in zip(electrodes, names, strict=True)]
+    known = [electrode is not None for electrode in electrodes]
     usable = [k in ("eeg", "unknown", "vibration") for k in kinds]
     for i in range(len(names)):
         first = canon.index(canon[i])
@@ -160,7 +168,10 @@ def select(
     else:
         channels, limit = profile_channels(profile)
         limit = limit if max_missing is None else max_missing
+        # C3 is asked for as an electrode, unless beside places of a cap such as B7
+        on_cap = any(c not in POSITIONS for c in channels)
         found = {c: [i for i, name in enumerate(canon) if name == c and usable[i]] for c in channels}
+        found = {c: [i for i in fitting if known[i] or on_cap] for c, fitting in found.items()}
         _refuse_duplicates([c for c, places in found.items() for _ in places])
         taken = [found[c][0] if found[c] else -1 for c in channels]
         missing = tuple(c for c in channels if not found[c])
@@ -194,8 +205,9 @@ def reference_channels(reference: str, names: list[str]) -> list[int]:
     """File indices of the electrodes a reference such as `A1,A2` names; empty for `average` and `none`. Raises Rejected."""
     if reference in ("average", "none"):
         return []
-    canon = [canonical(n) for n in names]
     wanted = [canonical(n) for n in reference.split(",")]
+    on_cap = any(n not in POSITIONS for n in wanted)  # as in select
+    canon = [canonical(n) if on_cap else electrode for n, electrode in zip(names, standard(names), strict=True)]
     lacking = [n for n in wanted if n not in canon]
     if lacking:
         raise Rejected("missing_reference", f"reference {', '.join(lacking)} is not in the file")

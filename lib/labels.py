@@ -1,6 +1,6 @@
 """
-Text beside recordings: TUSZ seizure files, events.tsv, channels.tsv and participants tables of BIDS, and the event vocabulary
-that all phases share.
+Text beside recordings: TUSZ seizure files, events.tsv, channels.tsv, electrodes.tsv and participants tables of BIDS, and the event
+vocabulary that all phases share.
 
 Nothing is guessed. A file that can't be right rejects its recording with a code; a row that is wrong is left out and reported with
 its line; a value that is missing stays missing and never becomes 0. Times are seconds from the first sample.
@@ -20,9 +20,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.channels import canonical
+from lib.channels import canonical, standard
 from lib.errors import Rejected, Unusable
-from lib.recordings import Event, Recording
+from lib.recordings import Event, Recording, plausible_positions
 
 SEIZURE_TYPES = frozenset("seiz fnsz gnsz spsz cpsz absz tnsz cnsz tcsz atsz mysz nesz".split())  # TUSZ v2.0.x
 BACKGROUND = "bckg"
@@ -401,6 +401,46 @@ def apply_channels_tsv(path: Path, recording: Recording) -> None:
         recording.notes.append(f"channels not of type EEG: {', '.join(others)} ({path.name})")
     if said:
         recording.notes.append(f"rows of a channel table without a channel: {', '.join(said)} ({path.name})")
+
+
+# factors to metres; axes of the coordinate systems that BIDS defines for EEG and that start between the ears, as the head frame does
+METRES = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+AXES = {"captrak": "RAS", "eeglab-hj": "RAS", "eeglab": "ALS", "ctf": "ALS"}
+AXES_NAMES = "CapTrak, EEGLAB-HJ, EEGLAB, CTF"
+
+
+def apply_electrodes_tsv(files: tuple[Path, ...], recording: Recording) -> None:
+    """
+    Takes over the electrode positions of a BIDS electrodes.tsv (and coordsystem.json), in metres in the head frame; what can't be is noted.
+
+    They count for electrodes whose name has no standard position.
+    """
+    path = files[0]
+    try:
+        columns, rows = read_table(path)
+        system = json.loads(decode(files[1])) if len(files) > 1 else {}
+    except (OSError, ValueError) as error:
+        recording.notes.append(f"electrode positions not taken: {path.name}: {error}")
+        return
+    system = system if isinstance(system, dict) else {}
+    columns = [column.lower() for column in columns]
+    said = [dict(zip(columns, cells, strict=False)) for _, cells in rows]
+    unplaced = {n for n, electrode in zip(recording.names, standard(recording.names), strict=True) if electrode is None}
+    found = {row.get("name", ""): tuple(number(row.get(axis, "")) for axis in "xyz") for row in said}
+    found = {name: xyz for name, xyz in found.items() if name in unplaced and None not in xyz}
+    if not found:
+        return
+    unit, axes = (str(system.get(f"EEGCoordinate{key}", "")) for key in ("Units", "System"))
+    factor, order = METRES.get(unit.lower()), AXES.get(axes.lower())
+    if factor is None or order is None:
+        stated = f"unit {unit or 'not stated'}, system {axes or 'not stated'}"
+        recording.notes.append(
+            f"electrode positions not taken: {path.name}: {stated}; known are m, cm, mm and {AXES_NAMES}"
+        )
+        return
+    turned = {n: (x, y, z) if order == "RAS" else (-y, x, z) for n, (x, y, z) in found.items()}
+    metres = {n: tuple(factor * v for v in xyz) for n, xyz in turned.items()}
+    recording.positions |= plausible_positions(metres, recording.notes)
 
 
 # --- participants -----------------------------------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def _split_counts(kept, split_of, index, events, vocabulary, rate_hz) -> dict[st
 
 
 def _montage(part: dict) -> dict:
-    places = [part["positions"].get(n) or POSITIONS.get(n) for n in part["names"]]
+    places = [part["positions"].get(n, POSITIONS.get(n)) for n in part["names"]]
     return {"names": list(part["names"]), "positions_m": [p and [round(v, 5) for v in p] for p in places]}
 
 

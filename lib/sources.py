@@ -68,6 +68,7 @@ class Source:
     crop: tuple[float | None, float | None] | None = None  # seconds, negative from the end
     event_names: dict[str, str] = field(default_factory=dict)
     channel_table: Path | None = None  # channels.tsv of BIDS, also among the companions: what is known of its channels
+    electrode_files: tuple[Path, ...] = ()  # electrodes.tsv and coordsystem.json of BIDS, likewise: where they are
 
 
 @dataclass
@@ -346,9 +347,10 @@ def _source(
     known = {name: facts.pop(name, "") for name in FIELDS}
     labelled = _label_files(path, layout, part.base, listings)
     table = _nearest_table(path, layout, part.base, listings, "channels")
-    beside = (*beside, table) if table else beside
+    places = _electrode_files(path, layout, part.base, listings)
+    beside = (*beside, *([table] if table else []), *places)
     source = Source(key, path, part.name, layout, beside, labelled, spec, **known, columns=facts, split=split)
-    return replace(source, channel_table=table)
+    return replace(source, channel_table=table, electrode_files=places)
 
 
 class _Listings:
@@ -373,15 +375,18 @@ class _Listings:
         return folder / actual if actual else None
 
     def tables(self, folder: Path, kind: str) -> list[tuple[dict[str, str], Path]]:
-        """The folder's `…_<kind>.tsv` (kind: events, channels), each with the entities of its name."""
+        """The folder's `…_<kind>.tsv` (events, channels, electrodes; coordsystem is .json), each with the entities of its name."""
         if (folder, kind) not in self._tables:
-            ending = f"{kind}.tsv"
+            ending = f"{kind}.json" if kind == "coordsystem" else f"{kind}.tsv"
             named = {
                 n
                 for n in self.names(folder).values()
-                if re.search(rf"(^|_){kind}\.tsv$", n, re.IGNORECASE) and n[0] != "."
+                if re.search(rf"(^|_){re.escape(ending)}$", n, re.IGNORECASE) and n[0] != "."
             }
-            self._tables[folder, kind] = [(_entities(n[: -len(ending)].rstrip("_")), folder / n) for n in sorted(named)]
+            found = [(_entities(n[: -len(ending)].rstrip("_")), folder / n) for n in sorted(named)]
+            for entities, _ in found:
+                entities.pop("space", None)  # which no recording has
+            self._tables[folder, kind] = found
         return self._tables[folder, kind]
 
 
@@ -402,6 +407,16 @@ def _nearest_table(path: Path, layout: str, base: Path, listings: _Listings, kin
         if folder == base or folder == folder.parent:
             return None
         folder = folder.parent
+
+
+def _electrode_files(path: Path, layout: str, base: Path, listings: _Listings) -> tuple[Path, ...]:
+    """A recording's electrodes.tsv, and the coordsystem.json that says what its numbers mean."""
+    table = _nearest_table(path, layout, base, listings, "electrodes")
+    if table is None:
+        return ()
+    of_its_space = listings.file(table.parent, f"{table.name[: -len('electrodes.tsv')]}coordsystem.json")
+    system = of_its_space or (_nearest_table(path, layout, base, listings, "coordsystem") if layout == "bids" else None)
+    return (table, system) if system else (table,)
 
 
 def _label_files(path: Path, layout: str, base: Path, listings: _Listings) -> tuple[Path, ...]:

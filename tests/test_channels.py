@@ -69,6 +69,20 @@ def test_biosemi_names_are_no_ear_lobes():
     assert picked.names == tuple(names) and picked.indices == tuple(range(16))
 
 
+def test_biosemi_places_are_no_electrodes_of_their_name():
+    names = [f"{box}{i}" for box in "ABCD" for i in range(1, 33)] + ["EXG1", "EXG8", "GSR1", "Erg1", "Plet", "Temp"]
+    kinds = [channels.kind(n) for n in names]
+    assert channels.select(names, kinds, "all").names == tuple(names[:128])
+    assert channels.standard(names) == [None] * len(names) and channels.standard(["C3", "x"]) == ["C3", None]
+    for profile in ("C3,C4", "tuh19", "A1,A2"):
+        with pytest.raises(Rejected, match="missing_channel"):
+            channels.select(names, kinds, profile)
+    assert channels.select(names, kinds, "A1,B7").indices == (0, 38)
+    with pytest.raises(Rejected, match="missing_reference"):
+        channels.reference_channels("A1,A2", names)
+    assert channels.reference_channels("A1,B7", names) == [0, 38]
+
+
 def test_e1_and_e2_of_a_sleep_recording_are_eyes():
     def picked(*names: str, **options) -> tuple[str, ...]:
         return channels.select(names, [channels.kind(n) for n in names], "all", **options).names

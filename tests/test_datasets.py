@@ -437,6 +437,42 @@ def test_annotations_are_taken_only_by_the_recording_of_their_name(tmp_path):
     }
 
 
+def test_bids_electrode_positions_in_any_unit_and_system(tmp_path):
+    """An EasyCap, whose electrodes are numbered, and a BioSemi cap, whose A1 is no ear lobe and whose C3 is not C3."""
+    sites = ("Cz", "FC1", "FC2", "C1", "C2", "CP1", "Oz", "Pz")
+    caps = {"easycap": [f"{i}" for i in range(1, 9)], "biosemi": ["A1", "A2", "A3", "A4", "B1", "C3", "F3", "EXG1"]}
+    systems = {"01": ("CapTrak", "mm"), "02": ("EEGLAB", "cm"), "03": ("CTF", "m"), "04": ("Other", "mm"), "05": None}
+    for cap, names in caps.items():
+        for subject, system in systems.items():
+            eeg = tmp_path / cap / f"sub-{subject}" / "eeg"
+            eeg.mkdir(parents=True)
+            stem = f"sub-{subject}_task-rest"
+            write_edf(eeg / f"{stem}_eeg.edf", noise_uv(np.random.default_rng(0), 8, 1000), 200, names)
+            if system:
+                unit = {"mm": 1000, "cm": 100, "m": 1}[system[1]]
+                table = ["name\tx\ty\tz\timpedance"]
+                for name, site in zip(names[:7], sites, strict=False):
+                    x, y, z = np.multiply(channels.POSITIONS[site], unit)
+                    place = (x, y, z) if system[0] == "CapTrak" else (y, -x, z)
+                    table.append("\t".join([name, *(f"{v:.6f}" for v in place), "n/a"]))
+                of = f"sub-{subject}_space-{system[0]}"
+                (eeg / f"{of}_electrodes.tsv").write_text("\n".join([*table, f"{names[7]}\tn/a\tn/a\tn/a\tn/a"]))
+                about = {"EEGCoordinateSystem": system[0], "EEGCoordinateUnits": system[1]}
+                (eeg / f"{of}_coordsystem.json").write_text(json.dumps(about))
+        result = build(tmp_path / cap, tmp_path / f"{cap}-cache")
+        assert result["recordings"] == 5 and result["notes"]["electrode positions not taken"] == 1
+        cache = Cache(tmp_path / f"{cap}-cache")
+        electrodes = names if cap == "easycap" else names[:7]
+        for subject in systems:
+            recording = cache.recordings[row_of(cache, f"sub-{subject}_")]
+            assert recording.names == tuple(electrodes)
+            places_CT = cache.read([row_of(cache, f"sub-{subject}_")], [0], 100).positions_BC3[0].numpy()
+            expected = [channels.POSITIONS[s] if subject < "04" else [np.nan] * 3 for s in sites[: len(electrodes)]]
+            if cap == "easycap":
+                expected[7] = [np.nan] * 3
+            np.testing.assert_allclose(places_CT, expected, atol=2e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Vibration archives
 
