@@ -168,6 +168,15 @@ def prepare(
         identical=lambda a, b: np.array_equal(recording.read([a]), recording.read([b])),
         reference=extra,
     )
+    nameless = [
+        name
+        for i, name in enumerate(recording.names)
+        if recording.kinds[i] == "unknown" and name in picked.dropped and channels.canonical(name) not in picked.names
+    ]
+    if signal["channels"] == "all" and nameless:
+        notes.append(
+            f"channels of unknown name left out: {', '.join(nameless)}; [values.channel] of dataset.toml can name electrodes"
+        )
     present = [c for c, i in enumerate(picked.indices) if i >= 0]
     wanted = [picked.indices[c] for c in present] + [i for i in extra if i not in picked.indices]
     rates = sorted({recording.rates_hz[i] for i in wanted})

@@ -52,7 +52,7 @@ PROFILES = {
     "hbn128": Profile(tuple(f"E{i}" for i in range(1, 129)), missing="interpolate", max_missing=12),
 }
 
-_PREFIX = re.compile(r"^(EEG|EEG:)[\s:_-]+", re.IGNORECASE)
+_PREFIX = re.compile(r"^(EEG[\s:._-]+|RAW_)", re.IGNORECASE)
 _REFERENCE = re.compile(r"-(REF|LE|AR|AVG|AVE|CAR)$", re.IGNORECASE)
 _KINDS = {  # by whole word at the start of the cleaned, upper-case name
     "eog": r"EOG|HEOG|VEOG|LOC|ROC|LUE|RLE|E[12]-(?:[AM][12]|FPZ)",
@@ -60,6 +60,7 @@ _KINDS = {  # by whole word at the start of the cleaned, upper-case name
     "emg": r"EMG",
     "stim": r"STIM|STI|STATUS|TRIG|TRIGGER|TRG|EVENT|MARKER|MARKERS|MARKER0|PHOTIC|DIN|BNC|STIMULUS|ANNOTATIONS|EDF ANNOTATIONS|BDF ANNOTATIONS",
     "misc": r"IBI|BURSTS|SUPPR|RESP|PULSE|SPO2|TEMP|GSR|ACC|AUX|RIGHT AUX|DC|OSAT|PG|RATE|TIMESTAMP|TIMESTAMPS|TIME|COUNTER|SAMPLE|INDEX|EPOCH|QUALITY|REF|GND|GROUND"
+    r"|ACCEL|ACCELEROMETER|GYRO|ANALOG|OTHER|BATTERY|PPG|HR|DELTA|THETA|ALPHA|BETA|GAMMA"  # OpenBCI, Muse: also powers of bands
     r"|PLET|ERG|EXG(?=\d)",  # BioSemi's EXG1 … EXG8 are wherever somebody put them
 }
 _KINDS = {kind: re.compile(rf"^(?:{words})(?![A-Z])") for kind, words in _KINDS.items()}
@@ -81,6 +82,8 @@ def kind(name: str) -> str:
     if canonical(name) in POSITIONS:
         return "eeg"
     text = _PREFIX.sub("", name.strip()).upper().strip(".")
+    if not any(c.isalnum() for c in text):  # CHB-MIT's `-`: a place in a list without an electrode
+        return "misc"
     return next((kind for kind, words in _KINDS.items() if words.match(text)), "unknown")
 
 

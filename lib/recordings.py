@@ -53,6 +53,7 @@ class ReadSpec:
     unit: str | None = None
     channels: tuple[str, ...] | None = None
     kind: str = "eeg"  # eeg | vibration
+    renames: tuple[tuple[str, str], ...] = ()  # of channels: as in the file, as it should be called
 
 
 @dataclass
@@ -93,7 +94,27 @@ def open_recording(path, spec: ReadSpec = ReadSpec()) -> Recording:
     _check_present(path)
     module, function = SUFFIXES[suffix(path)]
     reader = getattr(import_module(f"lib.{module}"), function)
-    return _guarded(lambda: reader(path, spec))
+    recording = _guarded(lambda: reader(path, spec))
+    _rename(recording, dict(spec.renames))
+    return recording
+
+
+def _rename(recording: Recording, renames: dict[str, str]) -> None:
+    """Calls channels what the user calls them, which also says what they record; those that aren't there are noted."""
+    absent = renames.keys() - {name.strip() for name in recording.names}
+    if absent:
+        recording.notes.append(f"channels to rename are not there: {', '.join(sorted(absent))}")
+    for i, name in enumerate(recording.names):
+        ours = renames.get(name.strip())
+        if ours is None:
+            continue
+        recording.names[i] = ours
+        if recording.kinds[i] == channels.kind(name):  # known by the name alone
+            recording.kinds[i] = channels.kind(ours)
+        if name in recording.positions:
+            recording.positions[ours] = recording.positions.pop(name)
+        if name in recording.marked_bad:
+            recording.marked_bad = recording.marked_bad - {name} | {ours}
 
 
 def _guarded(read: Callable):

@@ -45,7 +45,9 @@ class Rule:
     name: str | None
     pattern: re.Pattern | None
     spec: dict[str, object]  # fields of ReadSpec that are stated
-    values: dict[str, dict[str, str]]  # of a column, a participants column or `event`: as found → as we call it
+    values: dict[
+        str, dict[str, str]
+    ]  # of a column, a participants column, `event` or `channel`: as found → as we call it
     participants: Participants | None
     crop: dict[str, dict[str, tuple[float | None, float | None]]]  # column → renamed value → seconds
     split: dict[str, str]  # subject, or value of the column `split_by` → split
@@ -105,7 +107,7 @@ def read_rule(path: Path) -> Rule:
     split, split_by = _split(path, table.get("split", {}))
 
     groups = set(compiled.groupindex) if compiled else set(FIELDS)
-    known = groups | {"event"} | set(participants.columns or {} if participants else {})
+    known = groups | {"event", "channel"} | set(participants.columns or {} if participants else {})
     any_column = participants is not None and participants.columns is None
     for column in values:
         if column not in known and not any_column:
@@ -117,7 +119,10 @@ def read_rule(path: Path) -> Rule:
             raise Unusable(
                 f"{path}: [{key}] {column} is no group of the pattern; did you mean {nearest(column, groups) or 'to add one'}?"
             )
-    return Rule(path, name, compiled, _spec(path, table), values, participants, crop, split, split_by, rates)
+    spec = _spec(path, table)
+    if "channel" in values:
+        spec["renames"] = tuple(values["channel"].items())
+    return Rule(path, name, compiled, spec, values, participants, crop, split, split_by, rates)
 
 
 def _check_keys(path: Path, where: str, table: dict, valid: tuple[str, ...]) -> None:

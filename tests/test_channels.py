@@ -109,6 +109,14 @@ def test_differences_of_electrodes_are_bipolar(names, bipolar):
     assert not channels.are_bipolar(names, "tuh19") and not channels.are_bipolar(["Cz", *names], "all")
 
 
+def test_columns_of_headsets():
+    """What Emotiv, Mind Monitor and the OpenBCI GUI write beside the signal is none."""
+    assert [channels.canonical(n) for n in ("EEG.AF3", "RAW_TP9", "RAW_AF7")] == ["AF3", "TP9", "AF7"]
+    other = "EEG.Counter Accel_X Gyro_X Other Delta_TP9 Battery AUX_RIGHT - --".split()
+    assert {channels.kind(n) for n in [*other, "Accel Channel 0", "Analog Channel 2", "Sample Index"]} == {"misc"}
+    assert channels.kind("EXG Channel 0") == "unknown" and channels.kind("EXG1") == "misc"
+
+
 def test_duplicates():
     names, kinds = ["C3", "C3", "C4"], ["eeg"] * 3
     with pytest.raises(Rejected, match="ambiguous_channel"):

@@ -473,6 +473,83 @@ def test_bids_electrode_positions_in_any_unit_and_system(tmp_path):
             np.testing.assert_allclose(places_CT, expected, atol=2e-5)
 
 
+def test_numbered_electrodes_get_their_names(tmp_path):
+    """BCI Competition IV 2a: five electrodes have names, and the others were left out without a word."""
+    given = "Fz 0 1 2 3 4 5 C3 6 Cz 7 C4 8 9 10 11 12 13 14 Pz 15 16".split()
+    names = [*(f"EEG-{n}" for n in given), "EOG-left", "EOG-central", "EOG-right"]
+    for name in ("A01T", "A01E", "A02T"):
+        x_CT = noise_uv(np.random.default_rng(0), 25, 10 * 250)
+        (tmp_path / "2a").mkdir(exist_ok=True)
+        write_edf(tmp_path / "2a" / f"{name}.edf", x_CT, 250, names, [(2.0, 0.0, "769")], patient=f"{name} X X X")
+    result = build(tmp_path / "2a", tmp_path / "without")
+    assert result["channels"] == {5: 3} and result["notes"]["channels of unknown name left out"] == 3
+    rule = RULES / "bnci2014_001.toml"
+    result = build(tmp_path / "2a", tmp_path / "cache", dataset=(rule,))
+    assert result["channels"] == {22: 3} and set(result["notes"]) == {"all subjects are train"}
+    cache = Cache(tmp_path / "cache")
+    expected = "Fz FC3 FC1 FCz FC2 FC4 C5 C3 C1 Cz C2 C4 C6 CP3 CP1 CPz CP2 CP4 P1 Pz P2 POz"
+    assert cache.recordings[0].names == tuple(expected.split())
+    assert events(cache, 0) == [(2.0, 0.0, "left hand")]
+    expected_CT = Spectral(250, 100, (0.5, 45.0))(x_CT[:22].astype(np.float32))
+    np.testing.assert_allclose(signal(cache, 0), expected_CT - expected_CT.mean(0), atol=0.5)
+    (tmp_path / "wrong.toml").write_text(rule.read_text().replace("EEG-16 =", "EEG-61 ="))
+    result = build(tmp_path / "2a", tmp_path / "cache", dataset=(tmp_path / "wrong.toml",))
+    assert result["channels"] == {21: 3} and result["notes"]["channels to rename are not there"] == 3
+
+
+def test_headsets_csv(tmp_path):
+    """Emotiv, Muse (Mind Monitor) and OpenBCI: of all their columns only the electrodes are signals."""
+    rng, seconds = np.random.default_rng(0), 8
+
+    def write(path: Path, top: str, columns: dict, separator: str = ",") -> None:
+        path.parent.mkdir(parents=True)
+        rows = zip(
+            *([f"{v:.6f}" if isinstance(v, float) else str(v) for v in list(c)] for c in columns.values()), strict=True
+        )
+        header = separator.join(name.split("|")[0] for name in columns)
+        path.write_text(top + "\n".join([header, *map(separator.join, rows)]) + "\n")
+
+    T, sites = 128 * seconds, ("AF3", "F7", "O1", "AF4")
+    columns = {"Timestamp": 1617177000 + np.arange(T) / 128, "EEG.Counter": np.arange(T) % 128}
+    columns |= {f"EEG.{s}": 4200 + x_T for s, x_T in zip(sites, noise_uv(rng, 4, T), strict=True)}
+    columns |= {"MarkerIndex": [""] * T, "EEG.RawCq": [0] * T, "CQ.AF3": [4] * T, "POW.AF3.Theta": rng.normal(9, 1, T)}
+    write(tmp_path / "emotiv" / "S1_rest_EPOCX_2021.md.csv", "title:S1_rest,headset type:EPOCX,version:2.2\n", columns)
+
+    T, sites = 256 * seconds, ("TP9", "AF7", "AF8", "TP10")
+    columns = {f"{band}_{s}": rng.normal(0.5, 0.1, T) for band in ("Delta", "Alpha") for s in sites}
+    columns |= {f"RAW_{s}": 800 + x_T for s, x_T in zip(sites, noise_uv(rng, 4, T), strict=True)}
+    columns |= {
+        "AUX_RIGHT": [800] * T,
+        "Accelerometer_X": rng.normal(0, 1, T),
+        "HSI_TP9": [1] * T,
+        "Battery": [80] * T,
+        "Elements": [""] * T,
+    }
+    write(tmp_path / "mindmonitor" / "mindMonitor_2021-03-01--10-00-00.csv", "", columns)
+
+    T = 250 * seconds
+    columns = {"Sample Index": np.arange(T) % 256}
+    columns |= {f"EXG Channel {i}": x_T - 12e3 for i, x_T in enumerate(noise_uv(rng, 8, T))}
+    columns |= {f"Accel Channel {i}": rng.normal(0, 1, T) for i in range(3)} | {
+        f"Other|{i}": rng.normal(0, 1, T) for i in range(7)
+    }
+    columns |= {"Analog Channel 0": [0] * T, "Timestamp": 1616681273 + (np.arange(T) // 10) * 0.04}
+    columns |= {"Timestamp (Formatted)": ["2021-03-25 14:07:53.123"] * T}
+    top = "%OpenBCI Raw EXG Data\n%Number of channels = 8\n%Sample Rate = 250 Hz\n"
+    write(tmp_path / "openbci" / "OpenBCISession_a" / "OpenBCI-RAW-2021.txt", top, columns, ", ")
+
+    kit = ("Fp1", "Fp2", "C3", "C4", "P7", "P8", "O1", "O2")
+    wanted = {"emotiv": ("AF3", "F7", "O1", "AF4"), "mindmonitor": ("TP9", "AF7", "AF8", "TP10"), "openbci": kit}
+    for name, electrodes in wanted.items():
+        result = build(tmp_path / name, tmp_path / "cache" / name, dataset=(RULES / f"{name}.toml",))
+        assert result["quarantined"] == 0
+        cache = Cache(tmp_path / "cache" / name)
+        assert (
+            set(cache.recordings[0].names) == set(electrodes) and abs(cache.recordings[0].samples - 100 * seconds) < 3
+        )
+        assert 5 < signal(cache, 0).std() < 40
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Vibration archives
 
