@@ -31,15 +31,21 @@ from lib.rules import FIELDS, SPLITS, Rule, nearest, read_rule
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 CONTAINERS = {".csv", ".txt", ".npy", ".npz", ".mat", ".h5", ".hdf5"}  # may hold anything, not only signals
 TUH_SPLITS = {"train": "train", "dev": "val", "eval": "test"}
+SPLIT_FOLDERS = {  # of data sets that come with their split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "val", "valid", "validation"), "val"),
+    **dict.fromkeys(("eval", "evaluation", "test", "testing"), "test"),
+}
 
 _BIDS_NAME = re.compile(r"sub-[^_]+(_[a-z]+-[^_]+)*_(eeg|ieeg|meg)$", re.IGNORECASE)
 _TUH_NAME = re.compile(r"(?P<subject>[a-z]{8}|\d{8})_(?P<session>s\d{3})_(?P<run>t\d{3})$", re.IGNORECASE)
 _TUH_MONTAGE = re.compile(r"\d\d_tcp_\w+", re.IGNORECASE)
+_TUH_PATHOLOGY = re.compile(r"(?:\d\d_)?(normal|abnormal|epilepsy|no_epilepsy)")  # TUAB; TUEP
 _SUBJECT = re.compile(r"(?<![a-z])(?:subject|subj|sub|participant|patient|pat)[-_ ]?\d+", re.IGNORECASE)
 _INITIALS = re.compile(r"^(?!p300)[sp][-_]?\d{2,}", re.IGNORECASE)
 _SCORED = re.compile(r"(?P<recording>.+?)[-_ ](hypnogram|(sleep)?scoring|annotations?|stages|base)$", re.IGNORECASE)
 _ABOUT = re.compile(
-    r"(.+[-_])?(readme|participants?|labels?|events?|markers?|annotations?|channels?|electrodes?|coordsystem)"
+    r"(.+[-_])?(a*readme|participants?|labels?|events?|markers?|annotations?|channels?|electrodes?|coordsystem)"
     r"|subjects?([-_ ]?(info|list|data))?|demographics|phenotypes?|records|annotators|metadata|info|notes?|(sha\d*|md5)(sums?)?|checksums?"
     r"|licen[cs]e|requirements|changes|authors|citation",
     re.IGNORECASE,
@@ -170,7 +176,7 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
         annotated = _annotated(paths)
         paths = sorted(set(paths) - {file for files in annotated.values() for file in files})
         if layout != "toml":
-            paths, tables = _signals_and_tables(paths)
+            paths, tables = _signals_and_tables(paths, layout)
             left_out.setdefault("tables about recordings", []).extend(posix(p, part.base) for p in tables)
         understood: dict[str, tuple[Path, dict[str, str]]] = {}
         for path in paths:
@@ -194,6 +200,9 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
         f"{code}, left out: {len(names)} in {name}, e.g. {names[0]}" for code, names in left_out.items() if names
     ]
     sources = _number_columns(_expect_labels(sources))
+    if not (rule and rule.split):
+        sources, notes = _split_by_folder(sources, name)
+        found.notes += notes
     if rule:
         sources = _apply_rule(rule, sources, all(part.whole for part in parts), found)
     _check_splits(sources)
@@ -232,13 +241,14 @@ def _places(path: Path) -> list[str]:
     return [folder.lower() for folder in path.parts[-6:-1]]
 
 
-def _signals_and_tables(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Recordings, and tables about them: known by name, or by standing beside a recording of the same name."""
+def _signals_and_tables(paths: list[Path], layout: str) -> tuple[list[Path], list[Path]]:
+    """Recordings, and tables about them: known by name, or by standing beside a recording of the same name; all tables of TUH are."""
     stems = {(p.parent, _stem(p)) for p in paths if _ending(p.name) not in CONTAINERS}
     tables = [
         p
         for p in paths
-        if _ending(p.name) in CONTAINERS and (_ABOUT.fullmatch(_stem(p)) or (p.parent, _stem(p)) in stems)
+        if _ending(p.name) in CONTAINERS
+        and (layout == "tuh" or _ABOUT.fullmatch(_stem(p)) or (p.parent, _stem(p)) in stems)
     ]
     return sorted(set(paths) - set(tables)), tables
 
@@ -286,7 +296,7 @@ def _facts(layout: str, relative: str, part: Dataset) -> dict[str, str] | tuple[
         places = _places(part.base / relative)
         told = {
             "montage": next(filter(_TUH_MONTAGE.fullmatch, places), None),
-            "pathology": next((p for p in places if p in ("normal", "abnormal")), None),  # TUAB
+            "pathology": next((m[1] for m in map(_TUH_PATHOLOGY.fullmatch, places) if m), None),
             "split": next((p for p in reversed(places) if p in TUH_SPLITS), None),
         }
         facts = named.groupdict() | {k: v for k, v in told.items() if v}
@@ -450,6 +460,26 @@ def _expect_labels(sources: list[Source]) -> list[Source]:
         else replace(s, label_files=(s.path.with_name(f"{_stem(s.path)}.csv_bi"), *s.label_files))
         for s in sources
     ]
+
+
+def _split_by_folder(sources: list[Source], dataset: str) -> tuple[list[Source], list[str]]:
+    """The split that folders called train and test (eval, dev …) make, and notes; none where a subject is in two: those are other parts."""
+    named = {
+        s.key: next((SPLIT_FOLDERS[f] for f in reversed(s.key.lower().split("/")[1:-1]) if f in SPLIT_FOLDERS), None)
+        for s in sources
+        if s.layout in ("folder", "toml")
+    }
+    given = set(named.values()) - {None}
+    if "train" not in given or len(given) < 2:
+        return sources, []
+    splits: dict[str, set] = {}
+    for s in sources:
+        splits.setdefault(s.subject, set()).add(named[s.key])
+    if shared := sorted(subject for subject, of in splits.items() if len(of) > 1):
+        listed = f"{len(shared)} of {len(splits)} subjects are in several, e.g. {shared[0]}"
+        return sources, [f"folders named like splits are not taken for the split: {listed} ({dataset})"]
+    counts = ", ".join(f"{count} {split}" for split, count in sorted(Counter(filter(None, named.values())).items()))
+    return [replace(s, split=named[s.key]) for s in sources], [f"split by folders: {counts} ({dataset})"]
 
 
 def _number_columns(sources: list[Source]) -> list[Source]:

@@ -421,6 +421,41 @@ def test_initials_count_only_if_all_have_them(tmp_path):
     assert [s.subject for s in found.sources] == ["one", "two"] and "the file name" in found.notes[0]
 
 
+def test_folders_named_like_splits_are_the_split_unless_people_are_in_two(tmp_path):
+    """TUEV's names are not those of TUH's other sets, and its eval was dealt to train."""
+    names = [
+        f"v2.0.1/edf/{n}.edf" for n in ("train/aaaaaaar/aaaaaaar_00000001", "train/aaaaabbn/x", "eval/000/bckg_000_a_")
+    ]
+    found = discover([plant(tmp_path / "tuev", *names, "v2.0.1/AAREADME.txt")])
+    assert {s.subject: s.split for s in found.sources} == {"aaaaaaar": "train", "aaaaabbn": "train", "000": "test"}
+    assert "split by folders: 1 test, 2 train (tuev)" in found.notes
+    rule(tmp_path / "tuev", "pattern = '(train|eval)/(?P<subject>[^/]+)/.+'\n[split]\nval = ['000']")
+    assert {s.subject: s.split for s in discover([tmp_path / "tuev"]).sources}[
+        "aaaaaaar"
+    ] is None  # what is stated wins
+    found = discover([plant(tmp_path / "bci", "Train/S01.edf", "Train/S02.edf", "Test/S01.edf")])
+    assert {s.split for s in found.sources} == {None} and any(
+        "1 of 2 subjects are in several" in n for n in found.notes
+    )
+    found = discover([plant(tmp_path / "retest", "test/S01.edf", "retest/S02.edf")])
+    assert {s.split for s in found.sources} == {None} and not any("split by" in n for n in found.notes)
+
+
+def test_tuh_epilepsy_corpus(tmp_path):
+    folder = plant(
+        tmp_path / "tuh_eeg_epilepsy",
+        "v2.0.1/00_epilepsy/aaaaaanr/s001_2003/02_tcp_le/aaaaaanr_s001_t001.edf",
+        "v2.0.1/01_no_epilepsy/aaaaaebo/s001_2006/01_tcp_ar/aaaaaebo_s001_t000.edf",
+        "v2.0.1/AAREADME.txt",
+        "v2.0.1/DOCS/01_tcp_ar_montage.txt",
+    )
+    found = discover([folder])
+    assert {s.subject: s.columns["pathology"] for s in found.sources} == {
+        "aaaaaanr": "epilepsy",
+        "aaaaaebo": "no_epilepsy",
+    }
+
+
 def test_tables_about_recordings_are_no_recordings(tmp_path):
     about = [
         "participants.csv",
