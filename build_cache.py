@@ -90,9 +90,10 @@ def signal_options(cfg: Config, kind: str, specs: list[ReadSpec]) -> dict:
     elif rate_hz is None:
         native = sorted({spec.rate_hz for spec in specs if spec.rate_hz} or {0.0})
         if len(native) > 1 or not native[0]:
-            raise Unusable(
-                f"--rate-hz is needed for vibration sources whose rates are {', '.join(f'{r:g}' for r in native)} Hz"
+            differ = (
+                f"whose rates are {', '.join(f'{r:g}' for r in native)} Hz" if native[0] else "that state no rate_hz"
             )
+            raise Unusable(f"--rate-hz is needed for vibration sources {differ}: it is the rate of the cache")
         rate_hz = native[0]
     band = (0.5, 45.0) if cfg.band_hz == "auto" and eeg else None if cfg.band_hz in ("auto", "none") else cfg.band_hz
     if band and not 0 < band[0] < band[1] <= rate_hz / 2:

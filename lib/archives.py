@@ -51,13 +51,21 @@ def _flat(content: dict, prefix: str = "") -> dict:
     """Nested MATLAB structures as one dict, with names like `data/fs`."""
     flat = {}
     for name, value in content.items():
+        value = _by_name(value)
         flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
+def _by_name(value):
+    """A MATLAB array of structures with fields Name and Data (Paderborn) as a structure of these names; anything else as it is."""
+    names, data = (value.get(key) for key in ("Name", "Data")) if isinstance(value, dict) else (None, None)
+    listed = isinstance(names, list) and isinstance(data, list) and len(names) == len(data) == len(set(map(str, names)))
+    return dict(zip(map(str, names), data, strict=True)) if listed else value
+
+
 def _sorted_out(path: Path, content: dict, table: Table, spec: ReadSpec) -> tuple[dict, dict]:
     """(arrays of two or more axes, arrays of one), after everything that speaks about the signal went into the table. Raises Rejected."""
-    blocks, vectors, rates_hz, units = {}, {}, set(), set()
+    blocks, vectors, rates_hz, units = {}, {}, {}, set()
     for full_name, value in content.items():
         name = full_name.rsplit("/", 1)[-1]
         if isinstance(value, list) and not all(isinstance(v, str | float | int) for v in value):
@@ -70,7 +78,7 @@ def _sorted_out(path: Path, content: dict, table: Table, spec: ReadSpec) -> tupl
         elif array.dtype.kind in "fiub" and array.size == 1:
             number = float(np.ravel(array[()])[0])
             if name.lower() in RATES:
-                rates_hz.add(number)
+                rates_hz[name] = number
             elif math.isfinite(number):  # a fact that isn't known is no fact, and JSON couldn't hold it
                 table.columns["rpm" if name.lower().endswith("rpm") else name] = number
         elif array.dtype.kind in "fiu" and array.size:
@@ -81,11 +89,14 @@ def _sorted_out(path: Path, content: dict, table: Table, spec: ReadSpec) -> tupl
                 vectors[name] = np.ravel(array[()])
     if len(units) > 1:
         raise Rejected("unit_conflict", f"{path.name} has arrays in {', '.join(sorted(units))}")
-    if len(rates_hz) > 1 and spec.rate_hz not in rates_hz:
-        listed = " and ".join(f"{hz:g}" for hz in sorted(rates_hz))
+    if {name.lower() for name in rates_hz} - {"rate"}:  # beside a sampling rate, a rate is another (MFPT: of the shaft)
+        table.columns |= {name: rates_hz.pop(name) for name in list(rates_hz) if name.lower() == "rate"}
+    told_hz = set(rates_hz.values())
+    if len(told_hz) > 1 and spec.rate_hz not in told_hz:
+        listed = " and ".join(f"{hz:g}" for hz in sorted(told_hz))
         raise Rejected("rate_conflict", f"{path.name} says {listed} Hz: state rate_hz in dataset.toml")
     table.unit = next(iter(units), None)
-    table.rate_hz = spec.rate_hz if len(rates_hz) > 1 else next(iter(rates_hz), None)
+    table.rate_hz = spec.rate_hz if len(told_hz) > 1 else next(iter(told_hz), None)
     return blocks, vectors
 
 

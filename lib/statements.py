@@ -42,7 +42,9 @@ def settle_unit(own: str | None, stated: str | None, name: str) -> tuple[str, fl
     """
     if stated == ARBITRARY:
         return ARBITRARY, 1.0
-    mend = f'state unit = "uV" in dataset.toml (or "mV", "V"; "{ARBITRARY}" if nobody knows)'
+    mend = (
+        f'state unit = "uV" in dataset.toml (or "mV", "V"; "g" or "m/s2" for vibration; "{ARBITRARY}" if nobody knows)'
+    )
     texts = [(text or "").strip() for text in (own, stated)]
     factors = [UNITS.get(t) or UNITS.get(t.lower()) or UNIT_WORDS.get(t.lower()) for t in texts]
     if not any(texts):

@@ -24,7 +24,7 @@ from lib.timestamps import read_clock, read_dates
 
 TIMES = {"time", "times", "t", "timestamp", "timestamps", "time_stamp", "time_stamps", "lsl_timestamp", "seconds"}
 RATES = set(
-    "rate rate_hz fs sf sfreq srate samplingrate sampling_rate sample_rate samplerate sampling_frequency".split()
+    "rate rate_hz fs sf sr sfreq srate samplingrate sampling_rate sample_rate samplerate sampling_frequency".split()
 )
 NAMES = {"channels", "channel_names", "ch_names", "chnames", "labels", "sensors", "electrodes"}
 STAMP_S = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "milliseconds": 1e-3}

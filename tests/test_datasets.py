@@ -581,6 +581,35 @@ def test_vibration_keeps_its_rate_and_unit(tmp_path):
         build_cache.main(build_cache.Config(source=(raw, tmp_path / "s01.edf"), cache=tmp_path / "both"))
 
 
+def test_vibration_archives_that_name_their_arrays_in_other_ways(tmp_path):
+    """MFPT: `sr` is the sampling rate and `rate` the shaft's. Paderborn: signals of several rates in an array of structures."""
+    x_T = np.random.default_rng(0).normal(0, 0.3, 24_000)
+    (tmp_path / "mfpt").mkdir()
+    for name, rate_hz in (("baseline_1", 24_000), ("InnerRaceFault_vload_1", 12_000)):
+        archive = {"sr": float(rate_hz), "gs": x_T[:, None], "load": 270.0, "rate": 25.0}
+        savemat(tmp_path / "mfpt" / f"{name}.mat", {"bearing": archive})
+    with pytest.raises(Unusable, match="--rate-hz is needed for vibration sources that state no rate_hz"):
+        build(tmp_path / "mfpt", tmp_path / "c-mfpt", dataset=(RULES / "mfpt.toml",))
+    result = build(tmp_path / "mfpt", tmp_path / "c-mfpt", dataset=(RULES / "mfpt.toml",), rate_hz=12_000)
+    cache = Cache(tmp_path / "c-mfpt")
+    assert result["recordings"] == 2 and sorted(r.samples for r in cache.recordings) == [12_000, 24_000]
+    fact = {r.columns["fault"]: (r.columns["rate"], r.columns["load"]) for r in cache.recordings}
+    assert fact == {"baseline": (25.0, 270.0), "InnerRaceFault": (25.0, 270.0)}
+
+    name = "N09_M07_F10_KA01_1"
+    (tmp_path / "paderborn" / "KA01").mkdir(parents=True)
+    y = np.zeros((1, 3), [("Name", "O"), ("Data", "O"), ("Raster", "O")])
+    signals = (("force", x_T[:1500], "Mech_4kHz"), ("phase_current_1", 2 * x_T, "HostService"))
+    for place, (what, data, raster) in zip(y[0], (*signals, ("vibration_1", x_T, "HostService")), strict=True):
+        place["Name"], place["Data"], place["Raster"] = what, data[None], raster
+    savemat(tmp_path / "paderborn" / "KA01" / f"{name}.mat", {name: {"Info": {"Version": 1.0}, "Y": y}})
+    build(tmp_path / "paderborn", tmp_path / "c-paderborn", dataset=(RULES / "paderborn.toml",))
+    cache = Cache(tmp_path / "c-paderborn")
+    np.testing.assert_allclose(signal(cache, 0), x_T[None], atol=1e-3)
+    columns = cache.recordings[0].columns
+    assert {k: columns[k] for k in ("speed", "fault", "torque")} == {"speed": 9.0, "fault": "KA", "torque": 7.0}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Real recordings, each with one fact about it that no test of ours made
 
