@@ -107,7 +107,13 @@ def _choose(path: Path, content: dict, spec: ReadSpec) -> Table:
     stamps = {n: v for n, v in vectors.items() if n.lower() in TIMES}
     codes = {n: v for n, v in vectors.items() if channels.kind(n) == "stim"}
     rest = {n: v for n, v in vectors.items() if n not in stamps and n not in codes}
-    if blocks:
+    trials = _trials(blocks, spec)
+    if trials:
+        table.signal = np.concatenate(list(trials.values()), axis=1)
+        table.trials = [(label, x_CT.shape[1]) for label, x_CT in trials.items()]
+        table.notes.append(f"arrays taken for trials, one after the other: {', '.join(blocks)}")
+        used = {*blocks}
+    elif blocks:
         name = _one_block(path, blocks, spec)
         table.signal = blocks[name]
         shape = table.signal.shape
@@ -127,6 +133,25 @@ def _choose(path: Path, content: dict, spec: ReadSpec) -> Table:
     return table
 
 
+def _trials(blocks: dict, spec: ReadSpec) -> dict[str, np.ndarray]:
+    """
+    Arrays x_CT of the same channels that are numbered and otherwise of one name (SEED: djc_eeg1 … djc_eeg15), by number; {} if they aren't.
+
+    The channels are those stated, else the shorter axis.
+    """
+    found = {name: re.fullmatch(r"(.*?)(\d+)", name) for name in blocks}
+    if len(blocks) < 2 or not all(found.values()) or len({m[1] for m in found.values()}) > 1:
+        return {}
+    trials = {}
+    for name in sorted(blocks, key=lambda name: int(found[name][2])):
+        x = np.asarray(blocks[name])
+        stated = spec.channels and len(spec.channels)
+        if x.ndim != 2 or x.dtype.kind != "f" or stated and stated not in x.shape:
+            return {}
+        trials[found[name][2]] = x if x.shape[0] == (stated or min(x.shape)) else x.T
+    return trials if len({len(x_CT) for x_CT in trials.values()}) == 1 else {}
+
+
 def _one_block(path: Path, blocks: dict, spec: ReadSpec) -> str:
     """The name of the signal: the only array but for positions, the only one that fits the stated channels, or the only one of floats."""
     fitting = [n for n, v in blocks.items() if not _are_positions(v)] or list(blocks)
@@ -134,7 +159,7 @@ def _one_block(path: Path, blocks: dict, spec: ReadSpec) -> str:
     floats = [n for n in fitting if blocks[n].dtype.kind == "f"] or fitting
     if len(floats) > 1:
         listed = ", ".join(f"{n} {blocks[n].shape}" for n in floats)
-        raise Rejected("ambiguous_array", f"{path.name} holds {listed}: which is the signal?")
+        raise Rejected("ambiguous_array", f"{path.name} holds {listed}: which is the signal? Keep one in the file")
     return floats[0]
 
 

@@ -48,6 +48,7 @@ class Table:
     stamp_s: float | None = None  # what the time column counts in; None: not said
     markers: list[np.ndarray] = field(default_factory=list)  # codes or texts, one per sample
     per_snapshot: dict[str, np.ndarray] = field(default_factory=dict)
+    trials: list[tuple[str, int]] = field(default_factory=list)  # label and samples of each, one after the other
     columns: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -76,10 +77,14 @@ def to_recording(path: Path, table: Table, spec: ReadSpec) -> Recording:
     if clock:
         segments = clock.segments(rate_hz)
     else:
-        segments = [Segment(i * samples, (i + 1) * samples, i * samples / rate_hz) for i in range(snapshots)]
+        lengths = [length for _, length in table.trials] or [samples] * snapshots
+        stops = np.cumsum(lengths).tolist()
+        segments = [Segment(b - n, b, (b - n) / rate_hz) for n, b in zip(lengths, stops, strict=True)]
     if snapshots > 1:
         table.notes.append(f"{snapshots} snapshots; the time between them is not in the file")
     events = [event for marks_T in table.markers for event in _events(marks_T, rate_hz, segments)]
+    for (label, length), segment in zip(table.trials, segments if table.trials else [], strict=True):
+        events.append(Event(segment.onset_s, length / rate_hz, label))
     for name, values_N in table.per_snapshot.items():
         events += [Event(s.onset_s, samples / rate_hz, name, float(v)) for s, v in zip(segments, values_N, strict=True)]
 

@@ -550,6 +550,34 @@ def test_headsets_csv(tmp_path):
         assert 5 < signal(cache, 0).std() < 40
 
 
+def test_seed_trials_are_events_of_one_recording(tmp_path):
+    """An array per film, fifteen in a file, called by the initials of the subject; the labels are in a file of their own."""
+    rng, seconds = np.random.default_rng(0), (4, 3, 5)
+    folder = tmp_path / "Preprocessed_EEG"
+    folder.mkdir()
+    for name, initials in (("1_20131027", "djc"), ("1_20131030", "djc"), ("2_20140404", "jl")):
+        films = {f"{initials}_eeg{i}": noise_uv(rng, 62, 200 * s) for i, s in enumerate(seconds, 9)}
+        savemat(folder / f"{name}.mat", dict(reversed(films.items())))
+    savemat(folder / "label.mat", {"label": [[1, 0, -1]]})
+    result = build(tmp_path, tmp_path / "cache", dataset=(RULES / "seed.toml",))
+    assert (result["recordings"], result["subjects"], result["quarantined"]) == (3, 2, 0)
+    assert result["notes"]["arrays taken for trials, one after the other"] == 3
+    cache = Cache(tmp_path / "cache")
+    row = row_of(cache, "2_20140404")
+    assert events(cache, row) == [
+        (0.0, 4.0, "positive"),
+        (4.0, 3.0, "positive"),
+        (7.0, 5.0, "neutral"),
+    ]  # films 9 to 11
+    assert [s[:2] for s in cache.recordings[row].segments] == [(0, 400), (400, 700), (700, 1200)]
+    expected_CT = Spectral(200, 100, (0.5, 45.0))(
+        films["jl_eeg10"].astype(np.float32)
+    )  # each film is filtered by itself
+    stored_CT, order = signal(cache, row)[:, 400:700], cache.recordings[row].names
+    assert order[:2] == ("Fp1", "Fpz") and {"CB1", "CB2"} < set(order)
+    np.testing.assert_allclose(stored_CT[0], (expected_CT - expected_CT.mean(0))[0], atol=0.5)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Vibration archives
 
