@@ -337,6 +337,7 @@ def _annotations(raw, rate_hz: float) -> tuple[list[Segment], list[Event]]:
     breaks, skips, events = [], [], []
     for annotation in raw.annotations:
         onset_s, duration_s = float(annotation["onset"]) - raw.first_time, float(annotation["duration"])
+        duration_s *= duration_s > 1.5 / rate_hz  # a BrainVision marker of one sample is an instant
         text = str(annotation["description"]).strip()
         if text.lower().startswith(_BREAKS):
             breaks.append(round(onset_s * rate_hz))

@@ -44,10 +44,11 @@ _TUH_PATHOLOGY = re.compile(r"(?:\d\d_)?(normal|abnormal|epilepsy|no_epilepsy)")
 _SUBJECT = re.compile(r"(?<![a-z])(?:subject|subj|sub|participant|patient|pat)[-_ ]?\d+", re.IGNORECASE)
 _INITIALS = re.compile(r"^(?!p300)[sp][-_]?\d{2,}", re.IGNORECASE)
 _SCORED = re.compile(r"(?P<recording>.+?)[-_ ](hypnogram|(sleep)?scoring|annotations?|stages|base)$", re.IGNORECASE)
+_SEIZURES = re.compile(r"(.+[-_])?summary|seizures?[-_ ]list.*", re.IGNORECASE)  # of CHB-MIT, of Siena
 _ABOUT = re.compile(
     r"(.+[-_])?(a*readme|participants?|labels?|events?|markers?|annotations?|channels?|electrodes?|coordsystem)"
     r"|subjects?([-_ ]?(info|list|data))?|demographics|phenotypes?|records|annotators|metadata|info|notes?|(sha\d*|md5)(sums?)?|checksums?"
-    r"|licen[cs]e|requirements|changes|authors|citation",
+    r"|annotations?[-_].+|clinical[-_ ]info.*|meta[-_].+|licen[cs]e|requirements|changes|authors|citation",
     re.IGNORECASE,
 )
 
@@ -174,7 +175,11 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
         layout, listings = _layout(part), _Listings()
         paths = sorted(p for p in part.paths if p.name.lower() != table)
         annotated = _annotated(paths)
-        paths = sorted(set(paths) - {file for files in annotated.values() for file in files})
+        lists = [p for p in paths if _ending(p.name) == ".txt" and _SEIZURES.fullmatch(_stem(p))]
+        left_out.setdefault("lists in words are not read, see Public data sets in docs/cache.md", []).extend(
+            posix(p, part.base) for p in lists
+        )
+        paths = sorted(set(paths) - {file for files in annotated.values() for file in files} - set(lists))
         if layout != "toml":
             paths, tables = _signals_and_tables(paths, layout)
             left_out.setdefault("tables about recordings", []).extend(posix(p, part.base) for p in tables)

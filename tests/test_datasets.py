@@ -6,6 +6,7 @@ Shapes: C channels, T samples.
 
 import json
 import shutil
+import subprocess
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -548,6 +549,72 @@ def test_headsets_csv(tmp_path):
             set(cache.recordings[0].names) == set(electrodes) and abs(cache.recordings[0].samples - 100 * seconds) < 3
         )
         assert 5 < signal(cache, 0).std() < 40
+
+
+def recipe(name: str) -> str:
+    """A shell command of docs/cache.md that turns a set's labels into events.tsv files."""
+    page = (Path(__file__).parent.parent / "docs" / "cache.md").read_text()
+    parts = page.split("```sh\n")[1].split("```")[0].split("# ")[1:]
+    return "# " + next(part for part in parts if part.startswith(name))
+
+
+@pytest.mark.skipif(not shutil.which("awk"), reason="the recipes are of sh and awk")
+def test_recipes_of_the_page_make_events_of_labels_in_other_forms(tmp_path):
+    bipolar = ["FP1-F7", "F7-T7", "T7-P7", "-", "T8-P8", "T8-P8"]
+    x_CT = noise_uv(np.random.default_rng(0), 6, 60 * 256)
+    x_CT[3], x_CT[5] = 0, x_CT[4]
+    files = {
+        "CHB-MIT": ["chb12/chb12_06.edf", "chb12/chb12_08.edf", "chb21/chb21_01.edf"],
+        "TUEV": ["train/aaaaaaar/aaaaaaar_00000001.edf", "eval/000/bckg_000_a_.edf"],
+        "Helsinki": ["eeg1.edf", "eeg7.edf"],
+    }
+    for name, paths in files.items():
+        for path in paths:
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            names = (
+                bipolar
+                if name == "CHB-MIT"
+                else ["EEG Fp1-Ref", "EEG F3-Ref", "EEG C3-Ref", "ECG EKG", "EEG O1-Ref", "EEG O2-Ref"]
+            )
+            write_edf(tmp_path / name / path, x_CT, 256, names)
+    chb = tmp_path / "CHB-MIT"
+    none = "File Name: {}\r\nFile Start Time: 11:42:54\r\nNumber of Seizures in File: {}\r\n"
+    text = none.format("chb12_06.edf", 2) + "".join(
+        f"Seizure {i} Start Time: {a} seconds\r\nSeizure {i} End Time: {b} seconds\r\n"
+        for i, a, b in ((1, 10, 20), (2, 40, 45))
+    )
+    (chb / "chb12" / "chb12-summary.txt").write_text(text + none.format("chb12_08.edf", 0), newline="")
+    text = none.format("chb21_01.edf", 1) + "Seizure Start Time:  20 seconds\nSeizure End Time: 50 seconds\n"
+    (chb / "chb21" / "chb21-summary.txt").write_text(text)
+    (chb / "SUBJECT-INFO").write_text("Case\tGender\tAge (years)\nchb01\tF\t11\nchb12\tF\t2\n")
+    for path in files["TUEV"]:
+        (tmp_path / "TUEV" / path).with_suffix(".rec").write_text("6,1.0,2.0,6\n7,3.0,4.5,1\n")
+    rows = [f"{int(t in (30, 31))},{int(5 <= t < 8 or t >= 50)}" for t in range(60)]
+    (tmp_path / "Helsinki" / "annotations_2017_A_fixed.csv").write_text("\n".join(["7,1", *rows]) + "\n")
+
+    found = {}
+    for name in files:
+        subprocess.run(["sh", "-ec", recipe(name)], cwd=tmp_path / name, check=True)
+        rule = {"CHB-MIT": (RULES / "chbmit.toml",)}.get(name, ())
+        result = build(tmp_path / name, tmp_path / f"c-{name}", dataset=rule, reference="none")
+        cache = Cache(tmp_path / f"c-{name}")
+        found |= {r.key.split("/")[-1]: events(cache, i) for i, r in enumerate(cache.recordings)}
+        if name == "CHB-MIT":
+            assert {r.names for r in cache.recordings} == {("FP1-F7", "F7-T7", "T7-P7", "T8-P8")}
+            assert {r.subject for r in cache.recordings} == {"chbmit/chb01", "chbmit/chb12"} and not result[
+                "quarantined"
+            ]
+            assert "lists in words are not read, see Public data sets in docs/cache.md, left out" in result["notes"]
+    labelled = [(1.0, 1.0, "6"), (3.0, 1.5, "1")]
+    assert found == {
+        "chb12_06.edf": [(10.0, 10.0, "seizure"), (40.0, 5.0, "seizure")],
+        "chb12_08.edf": [],
+        "chb21_01.edf": [(20.0, 30.0, "seizure")],
+        "aaaaaaar_00000001.edf": labelled,
+        "bckg_000_a_.edf": labelled,
+        "eeg1.edf": [(5.0, 3.0, "seizure"), (50.0, 10.0, "seizure")],
+        "eeg7.edf": [(30.0, 2.0, "seizure")],
+    }
 
 
 def test_seed_trials_are_events_of_one_recording(tmp_path):

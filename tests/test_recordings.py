@@ -148,12 +148,14 @@ def test_brainvision(tmp_path, x_CT, kind, vectorized):
         ("Stimulus", "S  1", 251, 1),
         ("New Segment", "", 501, 1),
         ("Response", "R  2", 751, 1),
+        ("Stimulus", "eyes closed", 801, 125),
     ]
     path = write_brainvision(tmp_path, x_CT, kind=kind, vectorized=vectorized, markers=markers, extra="DataPoints=1000")
     recording = open_recording(path)
     assert recording.names == NAMES and set(recording.kinds) == {"eeg"} and recording.notes == []
     assert np.abs(recording.read(range(6)) - x_CT).max() < (0.051 if kind == "INT_16" else 1e-4)
-    assert labels(recording) == [(1.0, "Stimulus/S  1"), (3.0, "Response/R  2")]
+    assert labels(recording) == [(1.0, "Stimulus/S  1"), (3.0, "Response/R  2"), (3.2, "Stimulus/eyes closed")]
+    assert [e.duration_s for e in recording.events] == [0.0, 0.0, 0.5]  # one sample is an instant
     assert recording.segments == [Segment(0, 500, 0.0), Segment(500, 1000, 2.0)]
     assert companions(path) == (tmp_path / "sub.eeg", tmp_path / "sub.vmrk")
 
