@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.channels import POSITIONS, canonical
+from lib.channels import POSITIONS, canonical, standard
 from lib.errors import Unusable
 from lib.eyes import Eyes, fit_groups
 from lib.intake import Path, stack
@@ -70,7 +70,7 @@ class Encoder:
 
     @cached_property
     def _positions_C3(self) -> np.ndarray:
-        return np.array([POSITIONS.get(canonical(n), (np.nan,) * 3) for n in self.path.channels], np.float32)
+        return np.array([POSITIONS.get(n, (np.nan,) * 3) for n in standard(list(self.path.channels))], np.float32)
 
     @cached_property
     def _silent_C(self) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Electrode names, profiles and spline interpolation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from lib import channels
+from lib.deep import Encoder
 from lib.errors import Rejected
 
 
@@ -81,6 +84,10 @@ def test_biosemi_places_are_no_electrodes_of_their_name():
     with pytest.raises(Rejected, match="missing_reference"):
         channels.reference_channels("A1,A2", names)
     assert channels.reference_channels("A1,B7", names) == [0, 38]
+    model = SimpleNamespace(path=SimpleNamespace(channels=names[:128]))
+    assert np.isnan(Encoder._positions_C3.func(model)).all()  # nor are they in what is served
+    model.path.channels = ("C3", "x")
+    np.testing.assert_allclose(Encoder._positions_C3.func(model), [channels.POSITIONS["C3"], [np.nan] * 3], rtol=1e-6)
 
 
 def test_e1_and_e2_of_a_sleep_recording_are_eyes():

@@ -39,7 +39,7 @@ def pick(header: edf.Header) -> list[int]:
         ):
             kept.append(i)
     labels = [header.signals[i].label for i in kept]
-    selection = channels.select(labels, [channels.kind(label) for label in labels], ",".join(CHANNELS))
+    selection = channels.select(labels, [channels.kind(label) for label in labels], ",".join(CHANNELS), max_missing=0)
     return [kept[i] for i in selection.indices]
 
 
