@@ -33,6 +33,7 @@ STAMP_S |= dict.fromkeys(("us", "µs", "usec", "microseconds"), 1e-6)
 _TIME = re.compile(
     rf"({'|'.join(TIMES)})(?:_?[\[(](?P<in>\S+)[\])]|_(?P<of>{'|'.join(STAMP_S)})|:\d+hz)?", re.IGNORECASE
 )
+REMARKS = 0.1  # of the rows at most hold a text where texts are said now and then
 STEADY = 4  # time is the axis that is this many times longer than the other
 
 
@@ -164,7 +165,12 @@ def _read_text(path: Path, spec: ReadSpec) -> Table:
     if not any(numeric):
         raise Rejected("not_numeric", f"{path.name}: no row of {layout.width} numbers among its first {len(top)}")
     first = numeric.index(True)
-    header = top[first - 1] if first and len(top[first - 1]) == layout.width else None
+    above = [row for row in top[:first] if len(row) == layout.width] if first else []
+    above = above if above and above[-1] is top[first - 1] else []
+    # the nearest that names most columns: a remark may stand between names and samples
+    header = next(
+        (row for row in reversed(above) if sum(map(bool, row)) > layout.width / 2), above[-1] if above else None
+    )
     first += top[first] == [str(i) for i in range(layout.width)] and layout.width > 2  # columns counted by pandas
     if header is None and spec.channels and len(spec.channels) == layout.width:
         header = list(spec.channels)
@@ -210,12 +216,13 @@ def _apply_header(path: Path, table: Table, header: list[str], cells_TC: np.ndar
     found = {i: m for i, cell in enumerate(header) if (m := _TIME.fullmatch(cell.replace(" ", "_")))}
     times = list(found)
     markers = [i for i, name in enumerate(names) if channels.kind(name) == "stim" and i not in times]
+    kept = [i for i, name in enumerate(names) if name and i not in texts and i not in times and i not in markers]
+    cells_TC, texts, remarks_T = _without_remarks(cells_TC, texts, kept, times)
     if counted := [i for i in times if i not in texts]:
         table.stamps_T, table.stamp_s = cells_TC[:, counted[0]], _stamp_s(found[counted[0]])
     elif times:
         table.stamps_T, table.stamp_s = read_dates(texts[times[0]].tolist(), path.name), 1.0
-    table.markers = [texts.get(i, cells_TC[:, i]) for i in markers]
-    kept = [i for i, name in enumerate(names) if name and i not in texts and i not in times and i not in markers]
+    table.markers = [texts.get(i, cells_TC[:, i]) for i in markers] + ([] if remarks_T is None else [remarks_T])
     ignored = [names[i] for i in texts if i not in markers and i not in times]
     table.notes += [f"columns of text ignored: {', '.join(ignored)}"] if ignored else []
     if not kept:
@@ -225,6 +232,25 @@ def _apply_header(path: Path, table: Table, header: list[str], cells_TC: np.ndar
     if len(stated) > 1:
         raise Rejected("unit_conflict", f"{path.name} has columns in {', '.join(stated)}")
     table.unit = stated[0] if stated else None
+
+
+def _without_remarks(cells_TC: np.ndarray, texts: dict, kept: list[int], times: list[int]) -> tuple:
+    """
+    (numbers, texts, remarks_T) without rows that hold a text and no sample (Mind Monitor: `/muse/elements/blink`, `/Marker/1`), which would
+    shift time; remarks_T has their texts at the samples that follow, None if there are none.
+    """
+    # a column that speaks of every sample is none of remarks, and its empty rows are gaps
+    others = [column for i, column in texts.items() if i not in times and np.mean(column != "") < REMARKS]
+    if not others or not kept:
+        return cells_TC, texts, None
+    said_T = np.array([next(filter(None, row), "") for row in zip(*others, strict=True)])
+    remark_T = (said_T != "") & np.isnan(cells_TC[:, kept]).all(1)
+    if not remark_T.any() or remark_T.all():
+        return cells_TC, texts, None
+    following = np.minimum(np.cumsum(~remark_T)[remark_T], np.count_nonzero(~remark_T) - 1)
+    remarks_T = np.full(np.count_nonzero(~remark_T), "", said_T.dtype)
+    remarks_T[following] = said_T[remark_T]
+    return cells_TC[~remark_T], {i: column[~remark_T] for i, column in texts.items()}, remarks_T
 
 
 def _stamp_s(header: re.Match) -> float | None:

@@ -526,7 +526,12 @@ def test_headsets_csv(tmp_path):
         "Battery": [80] * T,
         "Elements": [""] * T,
     }
-    write(tmp_path / "mindmonitor" / "mindMonitor_2021-03-01--10-00-00.csv", "", columns)
+    muse = tmp_path / "mindmonitor" / "mindMonitor_2021-03-01--10-00-00.csv"
+    write(muse, "", columns)
+    lines = muse.read_text().splitlines()  # remarks stand in rows of their own, and are no samples
+    for row, remark in ((1025, "/Marker/1"), (513, "/muse/elements/blink"), (1, "/muse/event/connected")):
+        lines.insert(row, "," * (len(columns) - 1) + remark)
+    muse.write_text("\n".join(lines))
 
     T = 250 * seconds
     columns = {"Sample Index": np.arange(T) % 256}
@@ -546,8 +551,11 @@ def test_headsets_csv(tmp_path):
         assert result["quarantined"] == 0
         cache = Cache(tmp_path / "cache" / name)
         assert (
-            set(cache.recordings[0].names) == set(electrodes) and abs(cache.recordings[0].samples - 100 * seconds) < 3
+            set(cache.recordings[0].names) == set(electrodes) and abs(cache.recordings[0].samples - 100 * seconds) < 2
         )
+        remarks = [(2.0, "/muse/elements/blink"), (4.0, "/Marker/1")]
+        found = [(onset_s, label) for onset_s, _, label in events(cache, 0)]
+        assert found == (remarks if name == "mindmonitor" else []) and "short gaps interpolated" not in result["notes"]
         assert 5 < signal(cache, 0).std() < 40
 
 
