@@ -59,7 +59,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, by_label, encode_by
 from lib.ranks import Ranks, join
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, check_batch, due, saved_config, steps_of
 from lib.tensors import load_tensors, save_tensors
 from lib.views import Strength, draws, make_view
 
@@ -331,6 +331,7 @@ def main(cfg: Config) -> dict | None:
     paired = () if cfg.allow_leak else labels_of(parse_shares(cfg.pairs))  # on val alone
     sampler, share = pair_sampler(cfg, cache, train), ranks.share(cfg.batch)
     anchors = sum(int(np.diff(found.ranges).sum()) for found in sampler.partners.values())
+    check_batch(cfg.batch, anchors, "windows of train that have a partner")
     steps = cfg.steps or steps_of(cfg.epochs, anchors, cfg.batch)
     warmup, probe_every = max(1, round(cfg.warmup * steps)), steps_of(cfg.probe_epochs, anchors, cfg.batch)
 

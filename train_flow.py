@@ -52,7 +52,7 @@ from lib.prefetch import Prefetch
 from lib.quality import FEWEST
 from lib.ranks import Ranks, join
 from lib.reflow import Pairs
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, due, saved_config, steps_of
+from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, check_batch, due, saved_config, steps_of
 from lib.samplers import UniformSampler
 from lib.velocity import Shape, Velocity, build_velocity, describe, strides
 from lib.views import Strength, draws, make_view
@@ -380,11 +380,12 @@ def main(cfg: Config) -> dict | None:
     device = ranks.device
     torch.manual_seed(cfg.seed)
     corpus = Corpus(cfg.cache, cfg.window, cfg.whiten_order, cfg.stride, cfg.hold_out == "time", cfg.train_share)
+    train, rows = corpus.windows("train"), corpus.rows("train")
+    check_batch(cfg.batch, len(train))
     encoder, lineage = start_encoder(cfg, corpus)
     columns = dict(label=cfg.label, domain=cfg.domain, speed=cfg.speed, traits=cfg.traits)
     filters = dict(by_recording=cfg.whiten_by == "recording", order=cfg.whiten_order, rhythms=cfg.rhythms)
     target, whiten, learned, unknown = fit_target(corpus, **columns, **filters, unmix=cfg.unmix, level=cfg.level)
-    train, rows = corpus.windows("train"), corpus.rows("train")
     held = corpus.rows("val") if corpus.spans["val"] and len(corpus.windows("val")) else []
     val = corpus.windows("val" if held else "train")
     patch = encoder.architecture.patch

@@ -47,7 +47,7 @@ from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
 from lib.ranks import Ranks, join
 from lib.readouts import Decoder, Kind, Reading, load_model, save_model
-from lib.run import Pace, Run, RunConfig, due, median_speed, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, check_batch, due, median_speed, saved_config, steps_of
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.targets import WINDOW_S, Examples, Target, balanced, read_targets
 from lib.transfer import Offsets, Transfer
@@ -356,6 +356,8 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
     if train.coverage and not len(np.concatenate(val.windows.seizure_ids())):
         raise Unusable("--target seizure: the val split has no seizure, and a threshold can't be chosen without one")
     steps = 0 if mode == "probe" else cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
+    if steps:
+        check_batch(cfg.batch, len(train))
     warmup = max(1, round(cfg.warmup * steps))
     weights = TaskWeights(weights_of(cfg, targets), cfg.balance == "uncertainty").to(device)
 

@@ -96,6 +96,12 @@ def steps_of(epochs: float, windows: int, batch: int) -> int:
     return max(1, round(epochs * windows / batch)) if epochs else 0
 
 
+def check_batch(batch: int, windows: int, of: str = "training windows") -> None:
+    """Raises Unusable for a batch of more windows than there are: it would hold some twice, and may not fit into memory."""
+    if batch > windows:
+        raise Unusable(f"--batch {batch} is more than the {windows} {of} there are: --batch {windows} at most")
+
+
 def median_speed(lines: Sequence[dict]) -> float:
     """Windows per second in lines of log.jsonl; 0 if none has any."""
     return statistics.median([line["windows_per_s"] for line in lines if line.get("windows_per_s")] or [0.0])

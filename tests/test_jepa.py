@@ -250,6 +250,7 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
         (dict(window_s=2.001), "window_s"),
         (dict(d_model=30, heads=4), "--d-model"),
         (dict(batch=0), "--batch"),
+        (dict(batch=100_000), "--batch 100000 is more than the"),
         (dict(steps=0), "--steps"),
         (dict(micro=-1), "--micro"),
         (dict(ema=1.5), "--ema"),

@@ -383,6 +383,7 @@ def test_flags_that_make_no_sense_are_refused(cache, tmp_path):
             r"no recording in split train .*\(there are .* in train.*splits are by subject",
         ),
         (dict(waveform=-1.0), "--waveform"),
+        (dict(batch=100_000), "--batch 100000 is more than the"),
         (dict(window_s=2.3), "no whole number of patches"),
         (dict(target=("age",), readout="latency"), "a target that is a time"),
         (dict(target=("age",), task_weights=("age=0",)), "expected a number above 0"),

@@ -301,6 +301,7 @@ def test_other_flags_train_too(changes, caches, tmp_path):
         dict(kernel=4),
         dict(drop=1.0),
         dict(batch=0),
+        dict(batch=100_000),
         dict(sample=3),
         dict(model="x.safetensors"),
         dict(label=("colour",)),
