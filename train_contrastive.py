@@ -326,6 +326,11 @@ def main(cfg: Config) -> dict | None:
     patch = encoder.architecture.patch
     train, held = ([i for i, r in enumerate(cache.recordings) if r.split == split] for split in ("train", "val"))
     check(cfg, cache.windows("train", cfg.window_s, cfg.stride_s).samples, patch, ranks)
+    moment = cfg.film_step_s * cache.rate_hz
+    if abs(moment - round(moment)) > 1e-6 * moment:
+        raise Unusable(
+            f"--film-step-s {cfg.film_step_s:g} is {moment:g} samples at {cache.rate_hz:g} Hz, no whole number"
+        )
     check_leak(lineage, [cache.recordings[i].subject for i in held], (), cfg.allow_leak)
     told = () if cfg.allow_leak else auxiliary_targets(lineage)  # not to be probed
     paired = () if cfg.allow_leak else labels_of(parse_shares(cfg.pairs))  # on val alone

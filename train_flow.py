@@ -51,10 +51,10 @@ from lib.precision import DTYPES, autocast, choose_dtype
 from lib.prefetch import Prefetch
 from lib.quality import FEWEST
 from lib.ranks import Ranks, join
-from lib.reflow import Pairs
+from lib.reflow import Pairs, load_teacher
 from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, check_batch, due, saved_config, steps_of
 from lib.samplers import UniformSampler
-from lib.velocity import Shape, Velocity, build_velocity, describe, strides
+from lib.velocity import Shape, Velocity, build_velocity, strides
 from lib.views import Strength, draws, make_view
 from lib.whitened import Target, fit_target
 
@@ -393,6 +393,7 @@ def main(cfg: Config) -> dict | None:
         raise Unusable(f"--window {cfg.window} is no whole number of patches of {patch} (--patch or --init)")
     if cfg.hold_out == "subject":
         check_leak(lineage, [corpus.recordings[i].subject for i in held], (), cfg.allow_leak)
+    teacher = load_teacher(cfg.reflow, cfg.window, learned, whiten, cfg.level) if cfg.reflow else None
     sampler, share = UniformSampler(len(train), cfg.batch, cfg.seed), ranks.share(cfg.batch)
     steps = cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
     warmup = max(1, round(cfg.warmup * steps))
@@ -426,11 +427,7 @@ def main(cfg: Config) -> dict | None:
     columns = [name for name in (*cfg.label, *cfg.domain, cfg.speed, *cfg.traits) if name]
     meta = {"predict": cfg.predict, "window": cfg.window, "level": cfg.level, "run": run.name, "lineage": lineage}
     meta |= {"templates": templates(corpus, target.group_R, target.code_RF, columns), **trained_on_corpus(corpus, rows)}
-    pairs = (
-        Pairs(cfg.reflow, cfg.pairs, cfg.window, describe(net)["conditions"], cfg.seed, whiten, cfg.level)
-        if cfg.reflow
-        else None
-    )
+    pairs = Pairs(teacher, cfg.pairs, cfg.seed) if cfg.reflow else None
 
     def batch_of(step: int, who: np.ndarray = share, micro: int | None = None) -> list[Part]:
         micro = state["micro"] if micro is None else micro

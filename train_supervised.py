@@ -331,11 +331,13 @@ def inference_of(cfg: Config, decoder: Decoder, dtype: str) -> Inference:
     return Inference(decoder, dtype, channels_of(cfg), cfg.micro, cfg.seed, cfg.stretch_s)
 
 
-def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> tuple[dict | None, dict | None]:
+def fit(
+    cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]], only_check: bool = False
+) -> tuple[dict | None, dict | None]:
     """
     Train on recordings `rows["train"]`, choose on `rows["val"]`, score `rows["score"]`; leaves a run directory.
 
-    Returns the results and what was said, on the first process.
+    Returns the results and what was said, on the first process. Raises Unusable before there is a directory, which `only_check` leaves out.
     """
     device = ranks.device
     torch.manual_seed(cfg.seed)
@@ -360,6 +362,9 @@ def fit(cfg: Config, ranks: Ranks, cache: Cache, rows: dict[str, list[int]]) -> 
         check_batch(cfg.batch, len(train))
     warmup = max(1, round(cfg.warmup * steps))
     weights = TaskWeights(weights_of(cfg, targets), cfg.balance == "uncertainty").to(device)
+    judgement.check_scored(score)
+    if only_check:
+        return None, None
 
     def draw(step: int, who: np.ndarray, micro: int, move_s: float = 0.0) -> tuple[list[Piece], np.ndarray]:
         """Examples `who` of a step's batch, and how many of the whole batch have a value, per target."""
@@ -535,6 +540,8 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
     score = Examples(cache, decoder.targets, rows, cfg.window_s, cfg.stride_s, cfg.event_s)
     if score.coverage and not any(map(len, judgement.annotated(cache, rows))):
         raise Unusable("the test split has no seizure: sensitivity and F1 would mean nothing")
+    judgement.check_scored(score)
+    fitted = Fitted.unpack(meta, tensors, len(decoder.targets))
     run = Run(cfg, __file__, ranks)
     results = None
     if ranks.first:
@@ -543,7 +550,6 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
         run.say(f"THE TEST SPLIT IS OPEN: {words}")
         run.log(meta["step"], event="test_opened", model=cfg.evaluate)
         say_unknown(run, score)
-        fitted = Fitted.unpack(meta, tensors, len(decoder.targets))
         inference = inference_of(cfg, decoder.to(ranks.device), "float32" if cfg.dtype == "auto" else cfg.dtype)
         transfer = meta["transfer"] if cfg.transfer == "none" else cfg.transfer  # heads that learned with it need it
         ways, said = evaluation.compare(inference, fitted, score, rows, transfer)
@@ -575,6 +581,8 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     rows = choose_rows(cfg, cache, "train", "val")
     plan = fold_rows(cache, rows, cfg.folds, chosen=cfg.mode != "probe")
     check_folds(cfg, cache, rows, plan)
+    for of in plan:
+        fit(replace(cfg, folds=0), ranks, cache, of, only_check=True)
     run, pooled, done = Run(cfg, __file__, ranks), {}, []
     for fold, of in enumerate(plan):
         name = run.directory / f"fold-{fold}"
@@ -632,16 +640,14 @@ def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     check_leak(lineage, [cache.recordings[i].subject for i in rows], labels_of(targets), cfg.allow_leak)
     if len(targets) > 1 or not targets[0].classes or examples.coverage:
         raise Unusable(f"--shots needs one target of classes, not {' '.join(cfg.target)}")
-    run, ids = Run(cfg, __file__, ranks), examples.even(MOST_AT_ONCE, 0)
+    ids = examples.even(MOST_AT_ONCE, 0)
+    shots.check(examples, ids, cfg.shots, cfg.episodes, cfg.seed, split)
+    run = Run(cfg, __file__, ranks)
     if split == "test":
         run.say(f"THE TEST SPLIT IS OPEN: {len(rows)} recordings; choose nothing by what it says")
         run.log(0, event="test_opened", model=cfg.evaluate)
     inference = inference_of(cfg, decoder.to(ranks.device), "float32")
     told = shots.score(inference, examples, ids, cfg.shots, cfg.episodes, cfg.seed, cfg.resamples)
-    if told is None:
-        raise Unusable(
-            f"--shots {cfg.shots}: the {split} split has too few windows or subjects per class of {targets[0].name}"
-        )
     beside = {f"{n}_{way}": v[0] for way, of in told["baselines"].items() if way != "constant" for n, v in of.items()}
     run.log(0, **told["metrics"], **beside)
     results = {

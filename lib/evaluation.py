@@ -15,7 +15,6 @@ import torch
 
 from lib import classical, judgement
 from lib.cache import Cache
-from lib.errors import Unusable
 from lib.inference import Inference
 from lib.judgement import Said, Timeline
 from lib.targets import Examples
@@ -98,7 +97,7 @@ def compare(
     What the model, the constant and the baselines say of recordings `rows`: per target and way Units, or timelines and found seizures.
 
     `hybrid` is the mean of what model and tangent space (of times: latency) say, of log-probabilities where there are classes. Also what the model says of each
-    example, unless the target is seizures. Raises Unusable if a target has no known value.
+    example, unless the target is seizures.
     """
     if examples.coverage:
         return {SEIZURE: compare_seizures(inference, fitted, examples, rows)}, None
@@ -106,8 +105,6 @@ def compare(
     said = inference.predict(examples, np.arange(len(examples)), transfer, fitted.domain)
     for k, target in enumerate(examples.targets):
         own = judgement.units(target, k, said.said[k], said.y_BK, said.row_B, cache)
-        if not len(own.y_N):
-            raise Unusable(f"--target {target.name}: no example of the recordings to be scored has a known value")
         ways[target.name] = {"model": own, "constant": replace(own, said_N=judgement.constant(target, len(own.y_N)))}
         known_B = np.flatnonzero(np.isfinite(said.y_BK[:, k]))
         row_B, start_B = said.row_B[known_B], said.start_B[known_B]

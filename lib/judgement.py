@@ -20,7 +20,7 @@ from lib.command import json_line
 from lib.errors import Unusable
 from lib.seizures import Counts
 from lib.store import write_atomic
-from lib.targets import Target
+from lib.targets import Examples, Target
 from lib.windows import SEIZURE
 
 MAIN = {"regression": "nrmse", "classification": "balanced_accuracy"}  # what a table is read by
@@ -59,10 +59,23 @@ def units(target: Target, k: int, said_BC: np.ndarray, y_BK: np.ndarray, row_B: 
     names, first_N, number_B = np.unique(subject_B, return_index=True, return_inverse=True)
     mean_NC = np.stack([np.bincount(number_B, column) for column in said_BC.T], 1) / np.bincount(number_B)[:, None]
     if target.classes:
-        if (y_B != y_B[first_N][number_B]).any():
-            raise Unusable(f"--score-by subject: {target.name} changes within a subject; score it by window")
         return Units(y_B[first_N], mean_NC, names, at_B[first_N])
     return Units(np.bincount(number_B, y_B) / np.bincount(number_B), mean_NC, names, at_B[first_N])
+
+
+def check_scored(examples: Examples) -> None:
+    """Raises Unusable for a target that `units` could make nothing of: no value is known, or a subject's class changes."""
+    ids = np.arange(len(examples))
+    row_B, value_BK = examples.locate(ids)[0], examples.values(ids)
+    subject_B = np.array([r.subject for r in examples.cache.recordings])[row_B]
+    for k, target in enumerate(examples.targets if not examples.coverage else ()):
+        known_B = np.isfinite(value_BK[:, k])
+        if not known_B.any():
+            raise Unusable(f"--target {target.name}: no example of the recordings to be scored has a known value")
+        if target.classes and target.scored_by == "subject":
+            pairs = {*zip(subject_B[known_B].tolist(), value_BK[known_B, k].tolist(), strict=True)}
+            if len(pairs) > len({subject for subject, _ in pairs}):
+                raise Unusable(f"--score-by subject: {target.name} changes within a subject; score it by window")
 
 
 def score_units(target: Target, u: Units, resamples: int) -> dict[str, tuple[float, float, float]]:

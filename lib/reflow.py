@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from lib import flow, generator
+from lib.conditions import Condition
 from lib.errors import Unusable
 from lib.masks import uniform
-from lib.velocity import describe
+from lib.velocity import Velocity
 from lib.whitening import Whitening
 
 FINE = 32  # evaluations of the teacher per pair
@@ -26,22 +27,29 @@ def same_filters(a: Whitening, b: Whitening) -> bool:
     return all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5, equal_nan=True) for x, y in pairs)
 
 
-class Pairs:
+Teacher = tuple[Velocity, Whitening, dict]
+
+
+def load_teacher(path: str | Path, window: int, conditions: list[Condition], own: Whitening, level: bool) -> Teacher:
     """
-    About `count` pairs of the model file `path`, spread over its templates.
+    The model whose pairs are to be learned.
 
     Raises Unusable if its conditions, windows, level or filters are others than those given: pairs live in the space that filters make.
     """
+    net, whiten, meta = generator.load_model(path)
+    alike = list(net.given.conditions) == conditions and (meta["window"], meta["level"]) == (window, level)
+    if not (alike and same_filters(own, whiten)):
+        raise Unusable(
+            f"--reflow {path} has other conditions, windows or filters: give the cache and flags that it was trained with"
+        )
+    return net, whiten, meta
 
-    def __init__(
-        self, path: str | Path, count: int, window: int, conditions: list[dict], seed: int, own: Whitening, level: bool
-    ):
-        net, whiten, meta = generator.load_model(path)
-        alike = describe(net)["conditions"] == conditions and (meta["window"], meta["level"]) == (window, level)
-        if not (alike and same_filters(own, whiten)):
-            raise Unusable(
-                f"--reflow {path} has other conditions, windows or filters: give the cache and flags that it was trained with"
-            )
+
+class Pairs:
+    """About `count` pairs of a teacher, spread over its templates."""
+
+    def __init__(self, teacher: Teacher, count: int, seed: int):
+        net, whiten, meta = teacher
         each = -(-count // len(meta["templates"]))
         self.sets = []
         for k, template in enumerate(meta["templates"]):

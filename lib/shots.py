@@ -7,6 +7,7 @@ Shape letters: B windows, X features, Q queries, N classes.
 import numpy as np
 
 from lib import classical, scores
+from lib.errors import Unusable
 from lib.inference import Inference
 from lib.targets import Examples
 
@@ -48,6 +49,22 @@ def episode(
     return support, np.concatenate(query)
 
 
+def draw_episodes(
+    y_B: np.ndarray, subject_B: np.ndarray, span_B3: np.ndarray, shots: int, episodes: int, seed: int
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Which windows are drawn from, bool (B), and of those the rows of support and queries of each episode that could be drawn."""
+    mixed = [s for s in np.unique(subject_B) if len(set(y_B[subject_B == s])) == len(set(y_B))]
+    kept_B = np.isin(subject_B, mixed) if mixed else np.ones(len(y_B), bool)
+    y_B, subject_B, span_B3 = y_B[kept_B], subject_B[kept_B], span_B3[kept_B]
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(10 * episodes):
+        if len(drawn) == episodes:
+            break
+        one = episode(rng, y_B, subject_B, span_B3, shots, bool(mixed))
+        drawn += [one] if one else []
+    return kept_B, drawn
+
+
 def right(z_BX: np.ndarray, y_B: np.ndarray, support: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Whether the nearest prototype is of each query's class, bool (Q); features standardised by the support."""
     classes = np.unique(y_B)
@@ -75,17 +92,10 @@ def few_shot(
 
     Within subjects where a subject has several classes, else across them. None where no episode can be drawn.
     """
-    mixed = [s for s in np.unique(subject_B) if len(set(y_B[subject_B == s])) == len(set(y_B))]
-    kept_B = np.isin(subject_B, mixed) if mixed else np.ones(len(y_B), bool)
-    y_B, subject_B, span_B3 = y_B[kept_B], subject_B[kept_B], span_B3[kept_B]
-    rng, drawn = np.random.default_rng(seed), []
-    for _ in range(10 * episodes):
-        if len(drawn) == episodes:
-            break
-        one = episode(rng, y_B, subject_B, span_B3, shots, bool(mixed))
-        drawn += [one] if one else []
+    kept_B, drawn = draw_episodes(y_B, subject_B, span_B3, shots, episodes, seed)
     if len(drawn) < 2:
         return None
+    y_B, subject_B = y_B[kept_B], subject_B[kept_B]
     # every class weighs the same in every episode: sums over queries are then balanced accuracies
     classes, y_B = np.unique(y_B, return_inverse=True)
     subjects, subject_B = np.unique(subject_B, return_inverse=True)
@@ -113,26 +123,37 @@ def _balanced(right_SN: np.ndarray, all_SN: np.ndarray) -> dict[str, float]:
         return {"score": float((right_SN.sum(0) / all_SN.sum(0)).mean())}
 
 
+def known(examples: Examples, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Class (B), subject (B) and place (B, 3: recording, first and one past the last sample) of examples of one target."""
+    row_B, start_B = examples.locate(ids)
+    subject_B = np.array([examples.cache.recordings[i].subject for i in row_B])
+    span_B3 = np.stack([row_B, start_B, start_B + examples.samples], 1)
+    return examples.values(ids)[:, 0].astype(np.int64), subject_B, span_B3
+
+
+def check(examples: Examples, ids: np.ndarray, shots: int, episodes: int, seed: int, split: str) -> None:
+    """Raises Unusable where `score` would find too little to draw from."""
+    if len(draw_episodes(*known(examples, ids), shots, episodes, seed)[1]) < 2:
+        of = f"subjects per class of {examples.targets[0].name}"
+        raise Unusable(f"--shots {shots}: the {split} split has too few windows or {of}")
+
+
 def score(
     inference: Inference, examples: Examples, ids: np.ndarray, shots: int, episodes: int, seed: int, resamples: int
-) -> dict[str, dict] | None:
+) -> dict[str, dict]:
     """
     `few_shot` of examples of one target of classes by the model's features and, where there are common sites, by band power.
 
-    Named and ordered as in lib/judgement.py's `summary`, with `episode_intervals`; None where no episode can be drawn.
+    Named and ordered as in lib/judgement.py's `summary`, with `episode_intervals`; `check` has passed them.
     """
     cache, (target,) = examples.cache, examples.targets
-    z_BX, y_BK = inference.features(examples, ids)
+    z_BX, _ = inference.features(examples, ids)
     row_B, start_B = examples.locate(ids)
     sites = classical.Sites.of(cache, np.unique(row_B).tolist())
     ways = {"model": z_BX.flatten(1).numpy()}
     if sites:
         ways["band_power"] = classical.described("band_power", sites, cache, row_B, start_B, examples.samples)
-    subject_B = np.array([cache.recordings[i].subject for i in row_B])
-    span_B3 = np.stack([row_B, start_B, start_B + examples.samples], 1)
-    scored = few_shot(ways, y_BK[:, 0].long().numpy(), subject_B, span_B3, shots, episodes, seed, resamples)
-    if scored is None:
-        return None
+    scored = few_shot(ways, *known(examples, ids), shots, episodes, seed, resamples)
     name, (value, of_subjects, of_episodes) = f"{target.name}_{shots}_shots_balanced_accuracy", scored.pop("model")
     baselines = {way: {name: [v, *interval]} for way, (v, interval, _) in scored.items()}
     return {

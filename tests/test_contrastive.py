@@ -262,6 +262,7 @@ def test_movies_start_from_louder_waveforms(cache, straight, tmp_path):
         (dict(pairs=("event:1",), events=("burp",)), "--events burp"),
         (dict(window_s=19.0, pairs=("movie:1",)), "--pairs movie"),
         (dict(patch_s=0.3), "--window-s"),
+        (dict(film_step_s=0.333), "--film-step-s"),
         (dict(batch=1), "--batch"),
         (dict(batch=100_000), "--batch 100000 is more than the"),
         (dict(temperature=0.0), "--temperature"),

@@ -259,7 +259,26 @@ def test_leaks_are_refused(cache, encoder, tmp_path):
         main(config(cache, tmp_path / "b", target=("challenge2",), init=str(told)))
     with pytest.raises(Unusable, match="was trained on"):  # folds score people of train
         main(config(cache, tmp_path / "c", **EYES, init=str(encoder), folds=3))
-    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_what_is_refused_leaves_no_run_and_loses_none(cache, encoder, tmp_path):
+    run = tmp_path / "run"
+    refused = (
+        (dict(init=str(encoder), folds=3), "was trained on"),
+        (dict(score_by="subject"), "changes within a subject"),
+        (dict(init=str(encoder), shots=5000), "too few windows"),
+    )
+    for words, said in refused:
+        with pytest.raises(Unusable, match=said):
+            main(config(cache, run, **EYES, **words))
+        assert not run.exists()
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    for words, said in refused:
+        with pytest.raises(Unusable, match=said):
+            main(config(cache, run, **EYES, **words, overwrite=True))
+        assert (run / "config.json").exists()
 
 
 def test_training_starts_from_the_heads_of_a_probe(cache, encoder, tmp_path):
@@ -451,8 +470,6 @@ def test_what_is_averaged_per_subject_is_scored_against_the_subjects_mean():
     u = judgement.units(number, 0, number.decode(y_BK), y_BK, np.arange(3), people)
     assert u.y_N.tolist() == [2.0, 5.0] == u.said_N[:, 0].tolist()
     kinds = Target("x", classes=("p", "q"), scored_by="subject", shares=(0.9, 0.1), weights=(1.0, 1.0))
-    with pytest.raises(Unusable, match="x changes within a subject"):
-        judgement.units(kinds, 0, np.eye(2)[[0, 1, 1]], np.array([[0.0], [1.0], [1.0]]), np.arange(3), people)
     assert judgement.constant(kinds, 2).tolist() == [[0.9, 0.1]] * 2
 
 

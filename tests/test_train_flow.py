@@ -430,6 +430,7 @@ def test_a_round_of_reflow_learns_the_teacher_s_pairs(caches, straight, tmp_path
     assert math.isfinite(results["metrics"]["loss_flow"])
     with pytest.raises(Unusable, match="--reflow"):
         main(config(caches[1:], tmp_path / "other", reflow=str(straight / "model.safetensors"), pairs=64))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
