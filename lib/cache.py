@@ -56,6 +56,17 @@ OWN = ("task", "dataset", "session", "run", "subject")  # columns that every rec
 ALIKE = "rate_hz scale kind envelope_hz band_hz notch_hz reference causal".split()  # of signals that are read together
 
 
+def rebuilt_with(name: str, value) -> str:
+    """The flag of build_cache.py that gives a signal's property (one of ALIKE, or `unit`) this value, after "rebuild it"."""
+    if name in ("kind", "unit"):
+        return f'with {name} = "{value}" in its dataset.toml, if that is what it is'
+    if name == "causal":
+        return "with --causal" if value else "without --causal"
+    words = value if isinstance(value, list | tuple) else ["none" if value is None else value]
+    flag = f"--{name.replace('_', '-')}"
+    return " ".join(["with", flag, *(f"{w:g}" if isinstance(w, float) else str(w) for w in words)])
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened in a recording; onset and duration in seconds of the stored signal (gaps removed)."""
@@ -125,7 +136,8 @@ class Cache:
                 ours, theirs = (m.get(name, m["signal"].get(name)) for m in (first, manifest))
                 if ours != theirs:
                     raise Unusable(
-                        f"{path} has {name} {theirs}, {self.paths[0]} has {ours}: they can't be read together; rebuild one of them"
+                        f"{path} has {name} {theirs}, {self.paths[0]} has {ours}: they can't be read together; "
+                        f"rebuild {path} {rebuilt_with(name, ours)}, or the other as this one"
                     )
 
     def _load(self, path: Path, manifest: dict, scales: list, montages: list, bad: list) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.cache import ALIKE
+from lib.cache import ALIKE, rebuilt_with
 from lib.errors import Unusable
 from lib.fno import FNOBlock
 from lib.grid import Grid, take, to_patches
@@ -350,7 +350,7 @@ def check_signal(meta: dict, cache, path: str | Path, tuned: bool = False) -> No
             continue
         words = f"{path} was trained at {name} {ours.get(name)}, the cache has {theirs.get(name)}"
         if name != "causal" or not tuned:
-            raise Unusable(f"{words}: rebuild the cache with the model's value")
+            raise Unusable(f"{words}: rebuild the cache {rebuilt_with(name, ours.get(name))}, as the model's")
         print(f"{words}: waves come at other times than it has learned", file=sys.stderr)
 
 

@@ -198,8 +198,12 @@ def test_another_version_is_refused(mixed, tmp_path):
 
 
 def test_signals_that_were_made_differently_are_not_read_together(mixed, tmp_path):
-    for name, words in (("reference", ["--reference", "none"]), ("band_hz", ["--band-hz", 1, 20])):
+    for name, words, mend in (
+        ("reference", ["--reference", "none"], "--reference average"),
+        ("band_hz", ["--band-hz", 1, 20], "--band-hz 0.5 45"),
+        ("causal", ["--causal"], "without --causal"),
+    ):
         raw = ("--source", mixed.parent / "raw", "--cache", tmp_path / name, "--allow-no-seizures")
         assert run(*raw, *words)[0] == 0
-        with pytest.raises(Unusable, match=f"has {name}"):
+        with pytest.raises(Unusable, match=f"has {name} .*; rebuild {tmp_path / name} .*{mend}"):
             Cache(mixed, tmp_path / name)
