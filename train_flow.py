@@ -295,6 +295,8 @@ def evaluate(model: Model, net: Velocity, parts: list[Part], cfg: Config, dtype:
 
 def check(cfg: Config, ranks: Ranks) -> None:
     """Raises Unusable for flags that make no sense, alone or together."""
+    if cfg.model and not Path(cfg.model).is_file():
+        raise Unusable(f"--model: no file {cfg.model} (looked in {Path(cfg.model).resolve().parent})")
     if cfg.batch < ranks.world:
         raise Unusable(f"--batch {cfg.batch} is less than one window for each of {ranks.world} processes")
     if not (0 < cfg.train_share < 1 and 0 <= cfg.drop < 1 and 0 <= cfg.ema < 1):

@@ -314,7 +314,12 @@ def test_other_flags_train_too(changes, caches, tmp_path):
 def test_flags_that_make_no_sense_are_refused_by_name(changes, caches, tmp_path):
     with pytest.raises(Unusable):
         main(config(caches[1:], tmp_path / "run", **changes))
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_there_is_said_before_how_many_windows_a_judgement_takes(tmp_path):
+    with pytest.raises(Unusable, match="no file"):
+        main(Config(judge=3, model=str(tmp_path / "model.safetensors")))
 
 
 # ----------------------------------------------------------------------------
