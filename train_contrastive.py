@@ -59,7 +59,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, by_label, encode_by
 from lib.ranks import Ranks, join
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, check_batch, due, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, check_batch, due, saved_config, steps_of, without_val
 from lib.tensors import load_tensors, save_tensors
 from lib.views import Strength, draws, make_view
 
@@ -324,8 +324,9 @@ def main(cfg: Config) -> dict | None:
     sizes = (cfg.encoder, cfg.d_model, cfg.layers, cfg.heads, cfg.adapter, cfg.queries, cfg.relations)
     encoder, lineage = start_encoder(cfg.init, cache, cfg.patch_s, *sizes)
     patch = encoder.architecture.patch
-    train, held = ([i for i, r in enumerate(cache.recordings) if r.split == split] for split in ("train", "val"))
-    check(cfg, cache.windows("train", cfg.window_s, cfg.stride_s).samples, patch, ranks)
+    train, samples = cache.rows(["train"]), cache.windows("train", cfg.window_s, cfg.stride_s).samples
+    held = cache.long_enough("val", samples)
+    check(cfg, samples, patch, ranks)
     moment = cfg.film_step_s * cache.rate_hz
     if abs(moment - round(moment)) > 1e-6 * moment:
         raise Unusable(
@@ -342,7 +343,7 @@ def main(cfg: Config) -> dict | None:
 
     run = Run(cfg, __file__, ranks)
     if not held:
-        run.say(WITHOUT_VAL)
+        run.say(without_val(len(cache.rows(["val"])), f"{cfg.window_s:g} s"))
     try:
         val_sampler = pair_sampler(cfg, cache, held) if held else sampler
     except Unusable as error:

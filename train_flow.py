@@ -52,7 +52,7 @@ from lib.prefetch import Prefetch
 from lib.quality import FEWEST
 from lib.ranks import Ranks, join
 from lib.reflow import Pairs, load_teacher
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, check_batch, due, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, check_batch, due, saved_config, steps_of, without_val
 from lib.samplers import UniformSampler
 from lib.velocity import Shape, Velocity, build_velocity, strides
 from lib.views import Strength, draws, make_view
@@ -402,7 +402,8 @@ def main(cfg: Config) -> dict | None:
 
     run = Run(cfg, __file__, ranks)
     if not held:
-        run.say(f"{WITHOUT_VAL}; --hold-out time holds the end of every recording out")
+        told = without_val(len(corpus.rows("val")), f"{corpus.before + cfg.window} samples")
+        run.say(f"{told}; --hold-out time holds the end of every recording out")
     if unknown:
         run.say(f"conditions that training recordings don't have, taken as unknown: {dict(unknown.most_common(5))}")
     if not cfg.init:

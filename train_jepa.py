@@ -43,7 +43,7 @@ from lib.predictor import Predictor
 from lib.prefetch import Prefetch
 from lib.probe import Probe, by_label, encode_by, stimuli
 from lib.ranks import Ranks, join
-from lib.run import WITHOUT_VAL, Pace, Run, RunConfig, check_batch, due, saved_config, steps_of
+from lib.run import Pace, Run, RunConfig, check_batch, due, saved_config, steps_of, without_val
 from lib.samplers import DatasetSampler, SeizureSampler, SubjectSampler, UniformSampler
 from lib.traits import AuxiliaryHeads, Trait, known_labels, read_traits, save_heads, trait_values
 from lib.windows import Windows
@@ -290,7 +290,7 @@ def main(cfg: Config) -> dict | None:
     train = cache.windows("train", cfg.window_s, cfg.stride_s)
     check(cfg, train.samples, patch)
     check_batch(cfg.batch, len(train))
-    held_out = "val" if any(r.split == "val" for r in cache.recordings) else "train"
+    held_out = "val" if cache.long_enough("val", train.samples) else "train"
     val = cache.windows(held_out, cfg.window_s, cfg.stride_s)
     if min(cfg.val_windows, len(val)) < 2:
         raise Unusable(
@@ -308,7 +308,7 @@ def main(cfg: Config) -> dict | None:
 
     run = Run(cfg, __file__, ranks)
     if held_out == "train":
-        run.say(WITHOUT_VAL)
+        run.say(without_val(len(cache.rows(["val"])), f"{cfg.window_s:g} s"))
     if not cfg.init:
         parts = draw(train, sampler.ids(0), np.arange(cfg.batch), cfg, cfg.micro, patch, 0)
         encoder.calibrate(parts)

@@ -267,6 +267,11 @@ class Cache:
             rows = [i for i in rows if values[i] in wanted]
         return rows
 
+    def long_enough(self, split: str, samples: int) -> list[int]:
+        """The recordings of a split that hold a window of so many samples."""
+        found = set(self._segments[self._segments[:, 2] - self._segments[:, 1] >= samples, 0].tolist())
+        return [i for i in self.rows([split]) if i in found]
+
     def windows(
         self, split: str | None = None, window_s: float = 4.0, stride_s: float = 2.0, recordings=None
     ) -> Windows:
@@ -282,7 +287,8 @@ class Cache:
         if not len(windows):
             have = {s: sum(r.split == s for r in self.recordings) for s in ("train", "val", "test")}
             raise Unusable(
-                f"no window of {window_s} s in split {split or 'all'} of {', '.join(map(str, self.paths))} (recordings: {have})"
+                f"no window of {window_s:g} s in split {split or 'all'} of {', '.join(map(str, self.paths))} (recordings: {have}): "
+                "a shorter --window-s, or longer recordings there ([split] in dataset.toml)"
             )
         return windows
 

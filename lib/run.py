@@ -42,7 +42,14 @@ from lib.tracker import Tracker, check_tracker
 Dtype = Literal["auto", "float32", "bfloat16"]
 # keys of log.jsonl that depend on the clock and the machine; all others are the same however often a run was resumed
 MEASURED = ("seconds", "windows_per_s", "tokens_per_s", "loader_wait", "matmul_share", "memory_mb")
-WITHOUT_VAL = "there is no val split: val_loss, best/ and what is watched are of training windows"
+
+
+def without_val(recordings: int, window: str) -> str:
+    """The line of a run that has no window to validate on, although val may have so many recordings; `window` is its length."""
+    told = "val_loss, best/ and what is watched are of training windows"
+    if not recordings:
+        return f"there is no val split: {told}"
+    return f"no recording of val ({recordings}) holds a window of {window}: {told}; take shorter windows, or others for val ([split] in dataset.toml)"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """train_jepa.py on a small cache of two montages: it learns, resumes exactly, and is the same however the batch is divided."""
 
+import importlib
 import json
 import math
 import os
@@ -450,3 +451,27 @@ def test_compiled_equals_eager(cache, tmp_path):
     for name in ("eager", "compiled"):
         main(config(cache, tmp_path / name, steps=3, compile=name == "compiled"))
     same_numbers(log(tmp_path / "compiled"), log(tmp_path / "eager"))
+
+
+@pytest.mark.parametrize("script", ["train_jepa", "train_contrastive", "train_flow"])
+def test_a_val_split_without_a_window_is_said_with_the_mend(script, tmp_path, capsys):
+    folder = recipes.write_small(tmp_path / "raw", subjects=3)
+    for condition in ("rest", "task"):
+        short_CT = recipes.noise_uv(np.random.default_rng(0), len(recipes.NAMES), 2 * 200)
+        write_edf(folder / f"s02_{condition}.edf", short_CT, 200, recipes.NAMES, [])
+    with open(folder / "dataset.toml", "a") as file:
+        file.write('[split]\ntrain = ["00", "01"]\nval = ["02"]\n')
+    status, results, err = recipes.run("--source", folder, "--cache", tmp_path / "cache", "--workers", 1)
+    assert status == 0, err
+    phase = importlib.import_module(script)
+    own = (
+        dict(window=512, calibrate=0)
+        if script == "train_flow"
+        else dict(pairs=("augment:1",))
+        if "con" in script
+        else {}
+    )
+    size = dict(d_model=16, layers=1, heads=2, batch=4, steps=1, max_channels=4, dtype="float32")
+    results = phase.main(phase.Config(cache=(str(tmp_path / "cache"),), name=str(tmp_path / "run"), **size, **own))
+    assert results["step"] == 1
+    assert re.search(r"no recording of val \(2\) holds a window of .*\[split\]", capsys.readouterr().err)
