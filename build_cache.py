@@ -543,6 +543,8 @@ def finalise(cfg: Config, found: Discovery, signal: dict, directory: Path, parts
         print(f"quarantined {entry['key']}: {entry['code']}: {entry['reason']}", file=sys.stderr)
     if len(refused) > 20:
         print(f"… and {len(refused) - 20} more, see {cfg.cache / 'quarantine.json'}", file=sys.stderr)
+    for note in results["split_notes"]:
+        print(note, file=sys.stderr)
     refusal = manifest.refusal(results, cfg.allow_no_seizures)
     if refusal:
         store.remove_manifest(cfg.cache)

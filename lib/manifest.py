@@ -19,6 +19,7 @@ from lib import edf, labels, recordings, store
 from lib.channels import POSITIONS
 from lib.errors import Rejected
 from lib.recordings import Event
+from lib.rules import SPLITS
 from lib.sources import Discovery, Source, assign_splits
 from lib.windows import FULL_SHARE, SEIZURE, Windows, merge
 
@@ -110,6 +111,9 @@ def assemble(
         ),
     }
     units = sorted({part["unit"] for _, part, _ in kept})
+    splits = _split_counts(kept, split_of, index, events_table, vocabulary, signal["rate_hz"])
+    told = split_notes([source for source, _, _ in kept], splits)
+    notes.update(map(kind_of_note, told))
     results = {
         "recordings": len(kept),
         "subjects": len(split_of),
@@ -117,7 +121,7 @@ def assemble(
         "quarantined": len(quarantine),
         "quarantined_by_code": dict(sorted(Counter(q["code"] for q in quarantine).items())),
         "windows": count_windows(index, events_table, vocabulary, signal["rate_hz"]),
-        "splits": _split_counts(kept, split_of, index, events_table, vocabulary, signal["rate_hz"]),
+        "splits": splits,
         "datasets": dict(sorted(Counter(s.dataset for s, _, _ in kept).items())),
         "channels": dict(sorted(Counter(len(p["names"]) for _, p, _ in kept).items())),
         "missing_electrodes": missing_cost(kept, quarantine),
@@ -137,7 +141,7 @@ def assemble(
         "libraries": {"numpy": np.__version__},
     }
     head["seizure_sources"].sort()
-    results["seizure_sources"], results["units"] = head["seizure_sources"], units
+    results["seizure_sources"], results["units"], results["split_notes"] = head["seizure_sources"], units, told
     # each data set by itself: one without seizures must not hide beside another that has them
     results["seizureless"] = []
     for dataset in head["seizure_sources"]:
@@ -148,6 +152,24 @@ def assemble(
         if not counts["full"] + counts["partial"]:
             results["seizureless"].append(dataset)
     return tables, head, results
+
+
+def split_notes(sources: list[Source], splits: dict[str, dict]) -> list[str]:
+    """What is wrong with the splits of what was cached, with the mend: nobody to validate on, or only in recordings without a window."""
+    told, mend = [], "[split] in dataset.toml says who goes where"
+    for dataset in sorted({s.dataset for s in sources}):
+        subjects = {s.subject: s.split for s in sources if s.dataset == dataset}
+        if len(subjects) < len(SPLITS) and not any(subjects.values()):
+            words = (
+                f"all subjects are train: {dataset} has {len(subjects)} that could be cached, too few to split by hash"
+            )
+            told.append(f"{words}; {mend}" if len(subjects) > 1 else words)
+    if any(sum(of["windows"].values()) for of in splits.values()):
+        for split, of in splits.items():
+            if of["recordings"] and not sum(of["windows"].values()):
+                words = f"a split without a window: all recordings of {split} ({of['recordings']}) are shorter than {WINDOW_S:g} s"
+                told.append(f"{words}; train with a shorter --window-s, or {mend}")
+    return told
 
 
 def refusal(results: dict, allow_no_seizures: bool) -> str | None:

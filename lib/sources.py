@@ -213,8 +213,6 @@ def _understand(parts: list[Dataset], defaults: ReadSpec, found: Discovery) -> N
     _check_splits(sources)
     subjects = {s.subject for s in sources}
     found.notes += _alike(subjects, name)
-    if 0 < len(subjects) < len(SPLITS) and not any(s.split for s in sources):
-        found.notes.append(f"all subjects are train: {name} has {len(subjects)}, too few to split")
     _read_participants(parts, subjects, found)
     found.sources += sources
 

@@ -854,6 +854,25 @@ def test_formats(real):
     assert "仰卧" in [e.label for e in cache.events(row_of(cache, "test_utf8_annotations.edf"))]
 
 
+def test_splits_that_nobody_can_be_validated_on_are_noted_with_the_mend(tmp_path, capsys):
+    for subject, seconds in (("m1", 20), ("m2", 20), ("m3", 20), ("m4", 2)):
+        np.save(tmp_path / f"{subject}.npy", np.random.default_rng(seconds).standard_normal(seconds * 1000))
+    rule = 'name = "m"\nkind = "vibration"\npattern = \'(?P<subject>m\\d)\\.npy\'\nrate_hz = 1000\nunit = "g"\n'
+    (tmp_path / "dataset.toml").write_text(rule + '[split]\nval = ["m4"]\n')
+    result = build(tmp_path, tmp_path / "c")
+    assert result["notes"]["a split without a window"] == 1 and "all subjects are train" not in result["notes"]
+    assert (
+        "a split without a window: all recordings of val (1) are shorter than 4 s; train with"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "dataset.toml").write_text(rule)
+    for subject in ("m1", "m4"):  # quarantined: two subjects are left
+        (tmp_path / f"{subject}.npy").write_bytes(b"")
+    assert build(tmp_path, tmp_path / "c")["notes"]["all subjects are train"] == 1
+    said = "m has 2 that could be cached, too few to split by hash; [split] in dataset.toml"
+    assert said in capsys.readouterr().err
+
+
 def test_a_recording_that_is_in_two_splits_under_two_names_is_counted(tmp_path):
     for s in range(3):
         x_T = np.random.default_rng(min(s, 1)).standard_normal(4096).astype(np.float32)
