@@ -295,7 +295,9 @@ def _orientation(path: Path, table: Table, spec: ReadSpec) -> tuple[tuple[int, .
     if len(shape) == 1:
         return (), 1, shape[0]
     if len(shape) > 3 or len(shape) == 3 and spec.kind != "vibration":
-        raise Rejected("epoched", f"{path.name} holds an array {shape}, not a continuous recording")
+        how = "save one array (samples, channels) a file, and its rate_hz in a dataset.toml"
+        words = f"{path.name} holds an array {shape}, not a continuous recording: {how}"
+        raise Rejected("epoched", f'{words}; for snapshots of a machine say kind = "vibration" there')
     a, b = shape[-2:]
     counts = {len(n) for n in (spec.channels, table.names) if n}
     fits = [axis for axis, size in enumerate((a, b)) if size in counts] if len(counts) == 1 else []

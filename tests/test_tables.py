@@ -211,6 +211,8 @@ def test_npy_orientation(tmp_path, x_TC):
     assert open_recording(tmp_path / "wide.npy", ReadSpec(RATE, "uV", tuple(map(str, range(64))))).samples == 100
     np.save(tmp_path / "epochs.npy", np.ones((10, 3, 500)))
     assert code(tmp_path / "epochs.npy", SPEC) == "epoched"
+    with pytest.raises(Rejected, match=r'one array \(samples, channels\) a file, and its rate_hz .*kind = "vibration"'):
+        open_recording(tmp_path / "epochs.npy", SPEC)
     np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
     assert code(tmp_path / "pickle.npy", SPEC) == "reader_failed"
     np.save(tmp_path / "one.npy", x_TC[:, 0])
