@@ -65,7 +65,7 @@ class Encoder:
         """None, or what is still missing."""
         if self.learns and self.seen < self.scale_min:
             what = "scale of the channels" if self.aligned in ("none", "window") else "covariance of the channels"
-            return f"the {what} has {self.seen} of {self.scale_min} subject windows"
+            return f"the {what} has {self.seen} of {self.scale_min} subject windows that don't overlap"
         return None
 
     @cached_property

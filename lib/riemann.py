@@ -76,7 +76,7 @@ class Riemann:
     def ready(self) -> str | None:
         """None, or what is still missing."""
         if self.seen < self.transport_min:
-            return f"parallel transport has {self.seen} of {self.transport_min} subject windows"
+            return f"parallel transport has {self.seen} of {self.transport_min} subject windows that don't overlap"
         return None
 
     def covariances(self, x_NCT: np.ndarray) -> np.ndarray:

@@ -107,11 +107,11 @@ def test_the_chain_is_what_pyriemann_and_scikit_learn_say(riemann):
 
 def test_it_waits_for_its_subject_and_says_so(riemann):
     x_NCT, _ = windows(12, 9, len(riemann.classes))
-    assert riemann.ready == "parallel transport has 0 of 10 subject windows"
+    assert riemann.ready == "parallel transport has 0 of 10 subject windows that don't overlap"
     with pytest.raises(NotReady, match="0 of 10"):
         riemann.predict_proba(x_NCT)
     some = riemann.partial_fit(x_NCT[:9])
-    assert some.ready == "parallel transport has 9 of 10 subject windows"
+    assert some.ready == "parallel transport has 9 of 10 subject windows that don't overlap"
     enough = some.partial_fit([Window(0, 100, x.astype(np.float32)) for x in x_NCT[9:10]])
     assert enough.ready is None and riemann.seen == 0 and some.seen == 9 and some.subject_CC is not enough.subject_CC
     p_NK = enough.predict_proba(x_NCT)
@@ -225,7 +225,7 @@ def test_its_scale_is_learned_at_rest_or_from_the_first_windows(tmp_path):
     np.testing.assert_allclose(rest.offset_C, middle_C)
     assert rest.ready is None and made.seen == 0 and rest.partial_fit(5 * x_NCT) is rest
     first = made.partial_fit(x_NCT[:4])
-    assert first.ready == "the scale of the channels has 4 of 10 subject windows"
+    assert first.ready == "the scale of the channels has 4 of 10 subject windows that don't overlap"
     first = first.partial_fit(x_NCT[4:])
     assert first.ready is None and np.abs(first.scale_C / rest.scale_C - 1).max() < 0.1
     none = load_encoder(model_file(tmp_path / "none", scale="none"), "task")
