@@ -31,6 +31,9 @@ BANDS_HZ = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30)
 MOST_CLASSES = 10  # a column of more distinct words says nothing that a linear probe could learn
 MOST_LABELS = 12
 FEWEST_SUBJECTS = 8  # in val, to be scored on it; fewer make a score that is an anecdote
+TELLING_SUBJECTS = (
+    12  # of train and val, cross-validated; of fewer each fold lacks a large part of a class, and scores go either way
+)
 FOLDS = 5
 NOT_LABELS = {"session", "run", "dataset", "split", "subject"}  # who and where, not what
 COVERED = 0.9  # share of a window that an event must cover to be its label
@@ -173,9 +176,10 @@ class Probe:
         alike = not label.classes or set(label.y_B[train]) == set(label.y_B[val])
         if min(fitted, scored) >= FEWEST_SUBJECTS and alike:
             return True, f"fitted on {fitted} subjects of train, scored on {scored} of val"
+        few = "; so few can't tell: by chance alone an AUROC can be near 0 or 1" * (fitted + scored < TELLING_SUBJECTS)
         return False, (
             f"cross-validated over {fitted + scored} subjects, because val alone is too small; {fitted} of them are of train, "
-            "which training has seen"
+            f"which training has seen{few}"
         )
 
     def _scores(self, x_BF: np.ndarray) -> dict[str, float]:

@@ -71,7 +71,11 @@ def test_subjects_of_val_are_scored_if_there_are_enough(probe, cache, monkeypatc
         crossed.protocol["sex"].startswith("cross-validated over 23 subjects")
         and "15 of them" in crossed.protocol["sex"]
     )
-    assert crossed.score(spectra)["probe_condition"] > 0.9
+    assert crossed.score(spectra)["probe_condition"] > 0.9 and "can't tell" not in crossed.protocol["sex"]
+    monkeypatch.setattr(module, "TELLING_SUBJECTS", 24)
+    assert (
+        Probe(cache, 1.0, 0.5, 400).protocol["sex"].endswith("can't tell: by chance alone an AUROC can be near 0 or 1")
+    )
 
 
 def test_windows_are_spread_evenly_and_no_more_than_asked_for(cache):
