@@ -35,6 +35,7 @@ from lib.sources import Discovery, discover
 from lib.statements import VIBRATION_UNITS
 
 RECIPE = 5  # counted up whenever the code below stores other numbers for the same input; part of the signal hash
+FEW = 4  # channels whose average is hardly a reference: of two it leaves one channel and its negative
 
 
 @dataclass(frozen=True)
@@ -271,10 +272,8 @@ def _across(
                 f"reference {signal['reference']} is flat, saturated, loud, not a number or marked bad",
             )
         y_CT -= y_CT[references].mean(0)
-    elif signal["reference"] == "average" and len(present) > 1:
-        y_CT -= (y_CT if len(good) == len(y_CT) else y_CT[good]).mean(0)
     elif signal["reference"] == "average":
-        notes.append("one channel: reference left as recorded")
+        _average(y_CT, channels.are_bipolar([picked.names[c] for c in present]), good, notes)
 
     if len(y_CT) == len(picked.names):
         full_CT = y_CT
@@ -289,6 +288,22 @@ def _across(
         full_CT[lacking] = weights @ full_CT[sources]
         return full_CT, bad, lacking
     return full_CT, sorted(bad + lacking), []
+
+
+def _average(y_CT: np.ndarray, bipolar: list[bool], good: np.ndarray, notes: list) -> None:
+    """Re-reference, in place, to the average of the good channels; differences of neighbours have no reference in common, and stay."""
+    unipolar = np.flatnonzero(~np.array(bipolar))
+    averaged = np.intersect1d(good, unipolar)
+    if len(unipolar) < len(y_CT):
+        notes.append("bipolar channels left as recorded, not re-referenced")
+    elif len(averaged) == 1:
+        notes.append("one channel: reference left as recorded")
+    if len(averaged) < 2:
+        return
+    if len(averaged) < FEW:
+        notes.append(f"average reference of few channels: {len(averaged)} (--reference none leaves them as recorded)")
+    mean_T = (y_CT if len(averaged) == len(y_CT) else y_CT[averaged]).mean(0)
+    y_CT[slice(None) if len(unipolar) == len(y_CT) else unipolar] -= mean_T
 
 
 def _least_samples(signal: dict, rate_hz: float) -> float:

@@ -112,12 +112,12 @@ def are_eyes(names: list[str]) -> bool:
     return sum(name.startswith("E") and name in POSITIONS for name in map(canonical, names)) <= 2
 
 
-def are_bipolar(names: Sequence[str], profile: str) -> bool:
-    """Whether what a profile takes of a file are differences such as `Fp1-F7`, of electrodes without a reference in common."""
-    wanted = [canonical(n) for n in (names if profile == "all" else profile_channels(profile)[0])]
-    pairs = [n.split("-") for n in wanted if n.count("-") == 1]
-    seconds = {canonical(b) for a, b in pairs if canonical(a) in POSITIONS and canonical(b) in POSITIONS}
-    return len(seconds) > 1 and not any(n in POSITIONS for n in wanted)
+def are_bipolar(names: Sequence[str]) -> list[bool]:
+    """Which of the channels taken of a file are differences such as `Fp1-F7`, of electrodes without a reference in common."""
+    pairs = [[canonical(n) for n in canonical(name).split("-")] for name in names]
+    pairs = [pair if len(pair) == 2 and all(n in POSITIONS for n in pair) else None for pair in pairs]
+    several = len({pair[1] for pair in pairs if pair}) > 1  # one alone is a reference, spelled out
+    return [several and pair is not None for pair in pairs]
 
 
 @dataclass(frozen=True)

@@ -149,9 +149,12 @@ class Intake:
         row_W = [taken.index(i) if good else 0 for i, good in zip(place_W, self.good_W, strict=True)]
         self.row_W = None if row_W == list(range(len(taken))) else np.array(row_W)
         self.reference_R = np.array([taken.index(i) for i in place_R], int)
-        several = self.good_W.sum() > 1  # of one channel an average would leave nothing
-        if path.reference == "average" and several and not channels.are_bipolar(self.names, "all"):
-            self.reference_R = np.array(row_W)[self.good_W]
+        self.own_W = np.zeros(len(self.names), bool)  # channels that keep their own reference
+        if path.reference == "average":
+            self.own_W = np.array(channels.are_bipolar(self.names))
+            averaged_W = self.good_W & ~self.own_W
+            if averaged_W.sum() > 1:  # of one channel an average would leave nothing
+                self.reference_R = np.array(row_W)[averaged_W]
         self.cutter = self._compiled_cut(len(taken), row_W)
         self.causal = Causal(layout.rate_hz, self.out_hz, path.band_hz, path.notch_hz, len(taken))
         self.up, self.down = self.causal.up, self.causal.down
@@ -332,7 +335,8 @@ class Intake:
         if len(self.reference_R) == 1:
             x_CT = x_CT - y_CT[self.reference_R[0]]
         elif len(self.reference_R):
-            x_CT = x_CT - (y_CT if len(self.reference_R) == len(y_CT) else y_CT[self.reference_R]).mean(0)
+            mean_T = (y_CT if len(self.reference_R) == len(y_CT) else y_CT[self.reference_R]).mean(0)
+            x_CT = x_CT - np.where(self.own_W[:, None], 0, mean_T) if self.own_W.any() else x_CT - mean_T
         if self.out_factor != 1:
             x_CT = x_CT * self.out_factor
         x_CT = np.array(x_CT, np.float32, order="C")

@@ -644,6 +644,26 @@ def test_bipolar_channels_are_not_averaged(tmp_path):
     assert np.array_equal(*stored)
 
 
+def test_averages_of_few_channels_are_noted_and_are_of_unipolar_ones_alone(tmp_path):
+    (tmp_path / "raw").mkdir()
+    names = ["C3", "C4", "O1", "FP1-F7", "F7-T7"]
+    write_edf(tmp_path / "raw" / "sub-1.edf", noise_uv(np.random.default_rng(5), 5, 16 * 200), 200, names, [])
+
+    def stored(cache: str, picked: list[str], reference: str) -> tuple[np.ndarray, dict]:
+        words = ("--channels", ",".join(picked), "--reference", reference)
+        code, result, stderr = run("--source", tmp_path / "raw", "--cache", tmp_path / cache, *words)
+        assert code == 0, stderr
+        return Cache(tmp_path / cache).read([0], [0], 1600, unit="uV").x_BCT[0].numpy(), result["notes"]
+
+    y_CT, notes = stored("a", names, "average")
+    x_CT, _ = stored("b", names, "none")
+    assert np.allclose(y_CT[:3], x_CT[:3] - x_CT[:3].mean(0), atol=0.1) and np.array_equal(y_CT[3:], x_CT[3:])
+    assert notes["bipolar channels left as recorded, not re-referenced"] == 1
+    assert notes["average reference of few channels"] == 1
+    assert stored("c", names[:2], "average")[1]["average reference of few channels"] == 1
+    assert "average reference of few channels" not in stored("d", names[:2], "none")[1]
+
+
 def test_names_that_are_no_utf8_do_not_end_a_build(tmp_path):
     folder = os.fsencode(tmp_path) + b"/r\xfcck"
     os.mkdir(folder)

@@ -74,6 +74,12 @@ def test_bipolar_channels_are_left_as_they_are_as_in_a_cache():
     layout, x_TC = Layout(("FP1-F7", "F7-T7", "T7-P7"), 250.0, "uV"), signal(channels=3)
     path = replace(PATH, channels=layout.channels)
     assert_same(feed(Intake(layout, path), x_TC), feed(Intake(layout, replace(path, reference="none")), x_TC))
+    layout, x_TC = Layout(("C3", "Fp1-F7", "C4", "F7-T7"), 250.0, "uV"), signal(channels=4)
+    path = replace(PATH, channels=layout.channels, reference="average")
+    plainly = feed(Intake(layout, replace(path, reference="none")), x_TC)
+    for ours, theirs in zip(feed(Intake(layout, path), x_TC), plainly, strict=True):
+        assert np.array_equal(ours.x_CT[1::2], theirs.x_CT[1::2])
+        assert np.allclose(ours.x_CT[::2], theirs.x_CT[::2] - theirs.x_CT[::2].mean(0), atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
