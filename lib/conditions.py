@@ -9,6 +9,7 @@ Shape letters: B windows, F conditions, D width, W waves.
 """
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,11 @@ def parse(conditions: Sequence[Condition], words: Sequence[str]) -> dict[str, fl
             raise Unusable(f"--given {word}: expected name=value, with one of: {', '.join(known) or 'nothing'}")
         code = known[name].encode(value if known[name].classes else number(value), Counter())
         if code != code:
-            listed = ", ".join(known[name].classes) or "numbers"
-            raise Unusable(f"--given {word}: the model doesn't know this value; there are: {listed}")
+            listed = " ".join(shlex.quote(f"{name}={c}") for c in known[name].classes) or f"{name}=NUMBER"
+            columns = " (several columns are one value, joined with a blank)" * any(
+                " " in c for c in known[name].classes
+            )
+            raise Unusable(f"--given {word}: the model doesn't know this value; there are{columns}: {listed}")
         given[name] = code
     return given
 

@@ -70,10 +70,13 @@ def test_words_of_the_command_line():
         given["label"] == 2 and abs(given["speed"] - conditions.encode(learned, {"speed": 1750}, Counter())[3]) < 1e-9
     )
     for words, match in (
-        (("label=cage",), "ball, inner, outer"),
+        (("label=cage",), "there are: label=ball label=inner label=outer"),
         (("colour=red",), "one of"),
         (("label",), "name=value"),
-        (("speed=slow",), "numbers"),
+        (("speed=slow",), "speed=NUMBER"),
     ):
         with pytest.raises(Unusable, match=match):
             conditions.parse(learned, words)
+    joint = [conditions.Condition("label", ("ball 7", "outer race, 3 o'clock 7"))]
+    with pytest.raises(Unusable, match="joined with a blank.*'label=ball 7' 'label=outer race, 3"):
+        conditions.parse(joint, ("label=ball_7",))
