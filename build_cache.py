@@ -391,9 +391,6 @@ def cache_recording(task: Task) -> dict:
                 labels.apply_channels_tsv(source.channel_table, recording)
             if source.electrode_files:
                 labels.apply_electrodes_tsv(source.electrode_files, recording)
-            if signal["reference"] == "average" and channels.are_bipolar(recording.names, signal["channels"]):
-                signal = {**signal, "reference": "none"}  # differences of neighbours have no reference in common
-                recording.notes.append("bipolar channels left as recorded, not re-referenced")
             ready = prepare(recording, signal, source.spec, source.crop, shaft_hz(source))
             part |= _write(task, part, recording, ready)
     except Rejected as error:
