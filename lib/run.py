@@ -103,9 +103,12 @@ def steps_of(epochs: float, windows: int, batch: int) -> int:
     return max(1, round(epochs * windows / batch)) if epochs else 0
 
 
+LARGE = 512  # windows of a batch, which fit anywhere: the default one should do for the smallest data set
+
+
 def check_batch(batch: int, windows: int, of: str = "training windows") -> None:
-    """Raises Unusable for a batch of more windows than there are: it would hold some twice, and may not fit into memory."""
-    if batch > windows:
+    """Raises Unusable for a large batch of more windows than there are, which may not fit into memory; a small one holds some of them twice."""
+    if batch > max(windows, LARGE):
         raise Unusable(f"--batch {batch} is more than the {windows} {of} there are: --batch {windows} at most")
 
 
