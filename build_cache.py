@@ -460,7 +460,7 @@ def _write(task: Task, part: dict, recording: recordings.Recording, ready: Prepa
 def build(cfg: Config) -> dict | None:
     started = time.monotonic()
     rank, world, launched = _share(cfg)
-    found, kind = _discover(cfg, rank)
+    found, kind = _discover(cfg)
     signal = signal_options(cfg, kind, [s.spec for s in found.sources])
     directory = cfg.cache / store.digest(signal)[:12]
     for name in ("parts", "shards"):
@@ -477,7 +477,7 @@ def build(cfg: Config) -> dict | None:
             store.write_atomic(cfg.cache / "build.json", store.canonical_json({"command": resume_command(cfg)}))
         print(f"{len(tasks)} recordings to do, {len(parts)} done before", file=sys.stderr)
         parts |= work(tasks, cfg)
-        if launched and not _is_last(rank, world):
+        if launched and not _is_last(rank):
             return None
         if world > 1 and not launched:
             quarantined = sum(parts[t.source.key]["status"] != "cached" for t in tasks)
@@ -577,7 +577,7 @@ def finalise(cfg: Config, found: Discovery, signal: dict, directory: Path, parts
     return {"cache": str(cfg.cache), **results}
 
 
-def _discover(cfg: Config, rank: int) -> tuple[Discovery, str]:
+def _discover(cfg: Config) -> tuple[Discovery, str]:
     """All sources, and whether they are EEG or vibration; without --source, the demo cohort's."""
     roots = cfg.source
     if not roots:
@@ -633,7 +633,7 @@ def _share(cfg: Config) -> tuple[int, int, bool]:
     return int(k) - 1, int(n), False
 
 
-def _is_last(rank: int, world: int) -> bool:
+def _is_last(rank: int) -> bool:
     """Wait until every rank has done its share; True on the one that then writes the manifest."""
     from datetime import timedelta
 

@@ -54,7 +54,6 @@ def residual_score(
     velocity: Callable[[np.ndarray, float], np.ndarray],
     reference_NCL: np.ndarray,
     test_NCL: np.ndarray,
-    times: Sequence[float] = TIMES,
     noises: int = NOISES,
     seed: int = 0,
 ) -> Score:
@@ -76,7 +75,7 @@ def residual_score(
         return np.stack(rows)
 
     scaled = []
-    for t in times:
+    for t in TIMES:
         of_reference = errors(reference_NCL, t).mean(0)
         scaled.append((errors(test_NCL, t) - of_reference.mean()) / (of_reference.std() + 1e-12))
     mean_DN = np.mean(scaled, 0)
@@ -109,11 +108,11 @@ def likelihood_scores(
     }
 
 
-def neighbours(fitted_MF: np.ndarray, own_NF: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
-    """Distance (N,) to the k-th nearest fitted row."""
+def neighbours(fitted_MF: np.ndarray, own_NF: np.ndarray) -> np.ndarray:
+    """Distance (N,) to the fitted row that is the NEIGHBOURS-th nearest."""
     from sklearn.neighbors import NearestNeighbors
 
-    return NearestNeighbors(n_neighbors=min(k, len(fitted_MF))).fit(fitted_MF).kneighbors(own_NF)[0][:, -1]
+    return NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(fitted_MF))).fit(fitted_MF).kneighbors(own_NF)[0][:, -1]
 
 
 def mahalanobis(fitted_MF: np.ndarray, own_NF: np.ndarray) -> np.ndarray:

@@ -336,16 +336,14 @@ def frequencies(classes: tuple[str, ...]) -> list[float] | None:
     return [float(m[1]) for m in found] if classes and all(found) else None
 
 
-def fit_baselines(
-    cache: Cache, examples: Examples, k: int, most: int, ids_B: np.ndarray | None = None, recentred: bool = False
-) -> list[Baseline]:
+def fit_baselines(cache: Cache, examples: Examples, k: int, most: int, recentred: bool = False) -> list[Baseline]:
     """
-    Baselines of target `k`, fitted on at most `most` examples (or on `ids_B`); those the signals don't allow are left out.
+    Baselines of target `k`, fitted on at most `most` examples; those the signals don't allow are left out.
 
     `recentred`: band power and tangent space a second time, relative to each subject's own mean.
     """
     target = examples.targets[k]
-    ids_B = examples.even(most, k) if ids_B is None else ids_B
+    ids_B = examples.even(most, k)
     row_B, start_B = examples.locate(ids_B)
     y_B = examples.values(ids_B)[:, k].astype(np.float64)
     sites = Sites.of(cache, np.unique(row_B).tolist())

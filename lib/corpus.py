@@ -42,7 +42,6 @@ class Corpus:
         places = [(c, row) for c, cache in enumerate(self.caches) for row in range(len(cache.recordings))]
         self.cache_R, self.row_R = np.array(places, np.int64).T
         self.recordings: list[Recording] = [self.caches[c].recordings[row] for c, row in places]
-        self.held_out = "val"
         self.spans: dict[str, list[tuple[int, int, int]]] = {"train": [], "val": [], "test": []}
         for i, r in enumerate(self.recordings):
             if by_time:

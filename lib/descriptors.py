@@ -15,11 +15,10 @@ WELCH = 256  # samples of a Welch segment, Hann, half overlapping
 ENVELOPE_SHARE = 0.25  # of the frequencies up to half the rate, where an envelope's spectrum says something
 LAGS = 128  # of the autocorrelation
 TINY = 1e-12  # power relative to the windows' own, so that silence has a logarithm
-STATISTICS = ("log rms", "kurtosis", "crest", "skew", "log line length")
 
 
 def statistics(x_NCL: np.ndarray) -> np.ndarray:
-    """Log RMS, kurtosis, crest factor, skewness and log line length of every window and channel, (N, C, S) as STATISTICS names them."""
+    """Log RMS, kurtosis, crest factor, skewness and log line length of every window and channel (N, C, S)."""
     x = np.asarray(x_NCL, np.float64)
     centred = x - x.mean(2, keepdims=True)
     sd = centred.std(2) + TINY
@@ -64,10 +63,10 @@ def autocorrelation(x_NCL: np.ndarray, lags: int = LAGS) -> np.ndarray:
     return r[:, :, 1:] / (r[:, :, :1] + TINY)
 
 
-def envelope_autocorrelation(x_NCL: np.ndarray, lags: int = LAGS) -> np.ndarray:
+def envelope_autocorrelation(x_NCL: np.ndarray) -> np.ndarray:
     """Autocorrelation (N, C, K) of the envelope."""
     x = np.asarray(x_NCL, np.float64)
-    return autocorrelation(np.abs(hilbert(x - x.mean(2, keepdims=True), axis=2)), lags)
+    return autocorrelation(np.abs(hilbert(x - x.mean(2, keepdims=True), axis=2)))
 
 
 def decibel(power: np.ndarray) -> np.ndarray:

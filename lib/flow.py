@@ -179,17 +179,13 @@ def _step_noise(seed: int, index_B: np.ndarray, shape: tuple[int, ...], step: in
 
 
 def network_velocity(
-    net: torch.nn.Module,
-    code_BF: torch.Tensor,
-    positions_BC3: torch.Tensor,
-    prediction: str,
-    mask_BC: torch.Tensor | None = None,
+    net: torch.nn.Module, code_BF: torch.Tensor, positions_BC3: torch.Tensor, prediction: str
 ) -> Velocity:
     """The velocity of a network under fixed conditions."""
 
     def velocity(x_BCT: torch.Tensor, t: float) -> torch.Tensor:
         t_B = x_BCT.new_full((len(x_BCT),), t)
-        out_BCT, _ = net(x_BCT, t_B, code_BF, positions_BC3, mask_BC)
+        out_BCT, _ = net(x_BCT, t_B, code_BF, positions_BC3, None)
         return to_velocity(out_BCT.float(), x_BCT, t_B, prediction)
 
     return velocity

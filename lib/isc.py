@@ -67,15 +67,6 @@ def _ratio(y_SKT: np.ndarray) -> np.ndarray:
         return together_K / ((subjects - 1) * own_K)
 
 
-def isc_by_subject(y_SKT: np.ndarray) -> np.ndarray:
-    """Correlation of each subject's component with the mean of the others' (S, K)."""
-    y_SKT = y_SKT - y_SKT.mean(2, keepdims=True)
-    others_SKT = y_SKT.sum(0) - y_SKT
-    norm_SK = np.linalg.norm(y_SKT, axis=2) * np.linalg.norm(others_SKT, axis=2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (y_SKT * others_SKT).sum(2) / norm_SK
-
-
 def isc_by_time(y_SKT: np.ndarray, samples: int, stride: int) -> np.ndarray:
     """`isc` in windows of `samples` samples, every `stride` (K, number of windows)."""
     starts = range(0, y_SKT.shape[2] - samples + 1, stride)

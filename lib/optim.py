@@ -62,17 +62,17 @@ def _layer(name: str, depth: int) -> int:
     return 0 if any(part in BEFORE for part in name.split(".")[:2]) else depth + 1
 
 
-def warmup_cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.0) -> float:
-    """Linear to `peak` over `warmup` steps (the first step isn't 0), then half a cosine to `floor` times the peak at the last step."""
+def warmup_cosine(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear to `peak` over `warmup` steps (the first step isn't 0), then half a cosine to 0 at the last step."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - 1 - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return peak * (0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def warm_restarts(step: int, period: int, peak: float, warmup: int = 0, floor: float = 0.0) -> float:
+def warm_restarts(step: int, period: int, peak: float, warmup: int = 0) -> float:
     """
-    Linear to `peak` over `warmup` steps, then cosines to `floor` times the peak of period, 2 * period, 4 * period … steps.
+    Linear to `peak` over `warmup` steps, then cosines down to 0 that last period, 2 * period, 4 * period … steps.
 
     SGDR (Loshchilov & Hutter 2017, equation 5) with T_mult = 2.
     """
@@ -80,7 +80,7 @@ def warm_restarts(step: int, period: int, peak: float, warmup: int = 0, floor: f
         return peak * (step + 1) / warmup
     cycle = ((step - warmup) // period + 1).bit_length() - 1  # cycle i begins after period * (2^i - 1) steps
     done = (step - warmup - period * (2**cycle - 1)) / (period * 2**cycle)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (0.5 * (1 + math.cos(math.pi * done)))
 
 
 def ema_momentum(step: int, steps: int, start: float) -> float:

@@ -105,7 +105,7 @@ class Producer:
         self, address: tuple[str, int], stream: wire.Stream, token: str | None = None, tls: str | None = None,
         timeout_s: float = TIMEOUT_S,
     ):  # fmt: skip
-        self.stream, self.timeout_s, self.samples_sent, self.events_sent, self.bytes_sent = stream, timeout_s, 0, 0, 0
+        self.stream, self.timeout_s, self.samples_sent, self.events_sent = stream, timeout_s, 0, 0
         self._link = connect(address, tls, timeout_s)
         self._lines, self._pings, self._last = Lines(self._link), 0, time.monotonic()
         self._open: deque[int] = deque()
@@ -179,7 +179,6 @@ class Producer:
         except OSError as error:
             self._await(lambda message: False, 0.2)  # the service says why before it closes
             raise Lost(f"the service takes nothing any more: {error.strerror or error}") from error
-        self.bytes_sent += len(data)
 
     def _await(self, is_it, timeout_s: float | None = None) -> bool:
         """Read lines until one that is asked for. Raises Lost, or Unusable for a refusal; False if there was none in `timeout_s`."""

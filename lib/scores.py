@@ -87,11 +87,11 @@ def average_precision(true_B: np.ndarray, score_B: np.ndarray) -> float:
     return float((np.diff(found, prepend=0) * found / said).sum() / found[-1])
 
 
-def calibration_error(y_B: np.ndarray, probability_BK: np.ndarray, bins: int = BINS) -> float:
+def calibration_error(y_B: np.ndarray, probability_BK: np.ndarray) -> float:
     """Expected calibration error (Guo 2017, eq. 3): mean distance of confidence and accuracy over equal bins of confidence."""
     confidence_B, right_B = probability_BK.max(1), probability_BK.argmax(1) == y_B
-    bin_B = np.clip(np.ceil(confidence_B * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(bin_B, right_B - confidence_B, bins)  # count times difference of the means
+    bin_B = np.clip(np.ceil(confidence_B * BINS).astype(int) - 1, 0, BINS - 1)
+    gap = np.bincount(bin_B, right_B - confidence_B, BINS)  # count times difference of the means
     return float(np.abs(gap).sum() / len(y_B))
 
 
@@ -117,22 +117,6 @@ def subject_bootstrap(
         picked = np.concatenate([rows[i] for i in rng.integers(len(names), size=len(names))])
         drawn.append(score(*(v[picked] for v in values_B)))
     return {name: (v, *_interval([d[name] for d in drawn])) for name, v in value.items()}
-
-
-def paired_bootstrap(
-    score: Callable[..., float],
-    subject_B: np.ndarray,
-    y_B: np.ndarray,
-    ours_B: np.ndarray,
-    theirs_B: np.ndarray,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Difference of one score between two models on the same rows, ours less theirs, with its 95 % interval over subjects."""
-
-    def difference(y_B, a_B, b_B) -> dict[str, float]:
-        return {"difference": score(y_B, a_B) - score(y_B, b_B)}
-
-    return subject_bootstrap(difference, subject_B, y_B, ours_B, theirs_B, seed=seed)["difference"]
 
 
 def _interval(values: list[float]) -> tuple[float, float]:

@@ -127,16 +127,14 @@ class Network(nn.Module):
         return self.head(torch.cat([h_BDT.mean(2), h_BDT.amax(2)], 1))
 
 
-def train_network(
-    x_NCL: np.ndarray, y_N: np.ndarray, classes: int, seed: int, steps: int = 150, batch: int = 64
-) -> Network:
+def train_network(x_NCL: np.ndarray, y_N: np.ndarray, classes: int, seed: int, steps: int = 150) -> Network:
     """A Network fitted to class numbers by AdamW on one cycle of the learning rate; the same for the same seed."""
     x, y = torch.from_numpy(np.ascontiguousarray(x_NCL, np.float32)), torch.from_numpy(np.asarray(y_N, np.int64))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % WORD)
         model = Network(x.shape[1], classes)
     rng = torch.Generator().manual_seed(seed % WORD)
-    batch = min(batch, len(x))
+    batch = min(64, len(x))
     per_pass = len(x) // batch
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
     model.train()
@@ -154,11 +152,11 @@ def train_network(
     return model.eval()
 
 
-def network_says(model: Network, x_NCL: np.ndarray, batch: int = 256) -> np.ndarray:
+def network_says(model: Network, x_NCL: np.ndarray) -> np.ndarray:
     """Probabilities (N, K) of a trained network."""
     x = torch.from_numpy(np.ascontiguousarray(x_NCL, np.float32))
     with torch.inference_mode():
-        return torch.cat([model(part).softmax(1) for part in x.split(batch)]).double().numpy()
+        return torch.cat([model(part).softmax(1) for part in x.split(256)]).double().numpy()
 
 
 def told_by_network(

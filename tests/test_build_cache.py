@@ -239,7 +239,7 @@ def _flip(path):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["manifest.json", *store.TABLES, "shards/*.npy", "parts/*.json"])
-def test_verify_names_the_damaged_file(small, tmp_path, damage, kind, monkeypatch):
+def test_verify_names_the_damaged_file(small, tmp_path, damage, kind):
     import build_cache
 
     cache = tmp_path / "cache"
