@@ -208,8 +208,8 @@ def compare(model: Aligned, forward: Callable, views: Views, cfg: Config, dtype:
     """
     The loss of the global batch, its gradient by the projected views (V, E), that by the temperature, and this rank's projected views.
 
-    Every rank gathers all views and computes the same loss; each takes its own rows of the gradient through its encoder afterwards
-    (GradCache, Gao 2021), in a second forward pass unless `keep` leaves the graphs of the first.
+    Every rank gathers all views and computes the same loss. Later each takes its own rows of the gradient back through its encoder
+    (GradCache, Gao 2021). That needs a second forward pass, unless `keep` keeps the graphs of the first.
     """
     projected = []
     with torch.set_grad_enabled(keep), autocast(ranks.device.type, dtype):

@@ -170,7 +170,7 @@ class JEPA(nn.Module):
         return z_BKD, mean_of(z_BKD, m.context_real_BK)
 
     def forward(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the teacher makes of the hidden (B, M, D) and the visible tokens (B, K, D), told from the visible, and their mean (B, D)."""
+        """From the visible tokens: the teacher's features of the hidden (B, M, D) and of the visible ones (B, K, D), and their own mean (B, D)."""
         m, patches = part.masks, part.x_BCT.shape[2] // self.encoder.architecture.patch
         z_BKD, mean_BD = self.context(part)
         places = (part.positions_BC3, patches, m.context_BK, m.target_BM, m.context_real_BK, m.target_real_BM)

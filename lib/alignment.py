@@ -6,11 +6,12 @@ off what a person always has, without a label, and leaves what changes (Euclidea
 it moves channels least, so each still belongs to its place on the head (Kessy 2018). Taken over the window itself it makes of a
 spectrum what canonical correlation sees: a rhythm's share of the channels' common subspace, whatever its amplitude (Lin 2006).
 
-Covariances are of the recording's own unit (microvolts), although windows come scaled channel by channel. Scaling after an average reference turns the direction
-that the reference has emptied, differently in each recording; whitening blows it up, and every window says which recording it is of. (Where recordings are
-classes that looks like a result: on EEGMAT it is worth 0.2 of accuracy, and a tangent space re-centred by subject falls for it too.)
+Covariances are of the recording's own unit (microvolts), although windows come scaled channel by channel. An average reference leaves
+one direction without a signal. Scaling channels turns that direction, differently in each recording, and whitening then amplifies it: every
+window tells which recording it is from. Where each recording is a class, that looks like a result: on EEGMAT it is worth 0.2 of
+accuracy, and a tangent space re-centred by subject is misled as well.
 
-What differs between people or recordings as wholes, such as a trait, is taken off with the rest by `subject` and `recording`.
+`subject` and `recording` also remove what differs between people or recordings as wholes, such as a trait.
 
 Shape letters: B windows, C channels, T samples.
 """

@@ -18,10 +18,11 @@ class Balance(nn.Module):
     """
     Weights of the losses `names`, in the proportions `shares` at first.
 
-    gradnorm: weights whose gradients at the last shared layer are in the proportions of the shares, times how little each loss has fallen
-    (Chen 2018, equation 2; weights are moved towards that in logarithms rather than by their own gradient, which takes as many steps
-    whatever the losses' scales; they add up to what the shares do). uncertainty: the shares' sum of exp(-s) x loss + s, s learned
-    (Kendall 2018), never a free factor, whose minimum is 0; scales of the losses are undone, shares stay.
+    gradnorm: weighted gradients at the last shared layer get the proportions of the shares; a loss that has fallen less than the others
+    gets more (Chen 2018, equation 2). Weights move towards that in logarithms, not by a gradient of their own, so that the scales of the
+    losses don't matter; they always add up to what the shares do.
+    uncertainty: the sum of share x (exp(-s) x loss + s), s learned for each loss (Kendall 2018). This makes up for the losses' scales and
+    keeps the shares. A weight learned without the term + s would go to 0.
     """
 
     def __init__(self, names: tuple[str, ...], shares: tuple[float, ...], mode: str):

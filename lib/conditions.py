@@ -1,9 +1,9 @@
 """
 What a window is generated for: data set, label, domain, sampling rate, speed, traits of a person, a known recording, and its level.
 
-Each is a number or one of the classes that training recordings had. A model must also do without: each is dropped per window, on its own
-and together with all others, so that any subset can be given. A value that is missing, or that training didn't know, is null, which is a
-vector of its own and never class 0; unknown ones are counted.
+Each is a number or one of the classes that training recordings had. So that any of them may be left out later, training drops each one
+in some windows, and all of them in some. A value that is missing, or that training didn't have, is null: a vector of its own, never
+class 0. Values that training didn't have are counted.
 
 Shape letters: B windows, F conditions, D width, W waves.
 """

@@ -30,8 +30,8 @@ class Corpus:
     """
     Recordings of several caches in one list; `caches` and `rows` say where each is.
 
-    `before` samples in front of every window are read with it. By time, the first `share` of each recording's samples trains, of all
-    splits, and the rest, after a gap of one window, is held out. Raises Unusable where that leaves no window.
+    `before` samples in front of every window are read with it. `by_time` ignores the cache's splits: the first `share` of every
+    recording is for training, and what follows after a gap of one window is held out. Raises Unusable where that leaves no window.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ def fit_corpus(
     corpus: Corpus, by_recording: bool, order: int, rhythms: int = 0, unmix: bool = False
 ) -> tuple[Whitening, np.ndarray]:
     """
-    Filters, levels, rhythms and, to `unmix`, what channels have in common, from the training part, by recording or by data set, and which
-    of them every recording takes (R).
+    What whitens windows, fitted on the training part, one set per recording or per data set; and which set each recording takes (R).
 
-    What has none of its own, because it is held out or one of too many, takes the one that predicts it best, labels unseen.
+    A set is a filter, levels, rhythms and, to `unmix`, what channels have in common. A recording without a set of its own, because it is
+    held out or there are too many, takes the set whose filter predicts it best; labels are not looked at.
     """
     trained = corpus.rows("train")
     name_R = [r.key if by_recording else r.dataset for r in corpus.recordings]

@@ -71,9 +71,10 @@ def to_velocity(out_BCT: torch.Tensor, x_BCT: torch.Tensor, t_B: torch.Tensor, p
     """
     The velocity that a network's output means.
 
-    v: the output. x1: the output is the data, v = (out - x) / (1 - t). preconditioned: v = (2 t - 1) / D x + out / sqrt(D) with
-    D = t² + (1 - t)², the exact velocity of white Gaussian data of variance 1 plus what they are not (after Karras 2022): the output is
-    of order 1 at all times, and a network that gives 0 already generates noise with the spectrum that unwhitening adds.
+    v: the output is the velocity. x1: it is the data, so v = (out - x) / (1 - t).
+    preconditioned (after Karras 2022): v = (2 t - 1) / D x + out / sqrt(D) with D = t² + (1 - t)². The first term is the exact velocity
+    for white Gaussian data of variance 1; the network adds the rest, which is of order 1 at all times. A network that gives 0 thus
+    generates white noise, which unwhitening gives the right spectrum.
     """
     if prediction == "v":
         return out_BCT

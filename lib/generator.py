@@ -1,9 +1,9 @@
 """
 A trained flow as one file, and windows from it.
 
-Beside network and filters the file remembers, for each training recording or an even choice of them, a template: montage, scales, filter
-group and conditions, but no sample of the signal, and subjects as hashes only. A generated window is modelled on a template: its level is
-drawn from those of the template's group, its content from the network, and its spectrum and unit are the template's.
+The file holds network, filters and templates. A template describes a training recording (of many, an even choice has one): montage,
+scales, filter group and conditions. It has no sample of the signal, and the subject as a hash only. A generated window is modelled on a
+template: the network makes its content, its level is drawn from those of the template's group, spectrum and unit are the template's.
 
 Shape letters: N windows, C channels, T samples, F conditions.
 """
@@ -106,7 +106,8 @@ def draw_windows(
     """
     White windows (N, C, T) modelled on a template, their log RMS (N, None if the model has no levels), and their codes (N, F + 2 Q).
 
-    Each is a function of (seed, its number). `given` replaces conditions of the template; without any, only level and rhythms are left.
+    A window depends on the seed and its number in `index_N` alone. `given` replaces conditions of the template; `unconditional` leaves
+    only level and rhythms.
     """
     log_N, deviate_N = whiten.draw_levels(uniform(seed, 0, index_N, 1, "flow level")[:, 0], template["group"])
     code_F = torch.tensor([math.nan if v is None else v for v in template["code"]], dtype=torch.float32)
@@ -131,7 +132,7 @@ def positions_of(template: dict) -> torch.Tensor:
 def in_unit(
     whiten: Whitening, template: dict, w_NCT: torch.Tensor, log_N: np.ndarray | None, code_NX: torch.Tensor
 ) -> np.ndarray:
-    """White windows with what the template repeats, and with its spectrum, in its unit (uV, g), float64 (N, C, T)."""
+    """White windows as signals in the template's unit (uV, g), with its spectrum and what its turns repeat; float64 (N, C, T)."""
     scale_C1, offset_C1 = (np.array(template[name])[:, None] for name in ("scale", "offset"))
     w_NCT, place_C = mixed(whiten, template, w_NCT, code_NX)
     return whiten.colour(w_NCT, template["group"], log_N, place_C=place_C) * scale_C1 + offset_C1

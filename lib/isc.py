@@ -95,8 +95,10 @@ def isc_by_lag(y_SKT: np.ndarray, most: int) -> np.ndarray:
 
 def isc_null(y_SKT: np.ndarray, rng: np.random.Generator, shifts: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """
-    `isc` of circularly shifted time courses (shifts, K), each subject by an amount of its own, and the share of them (p, K), itself
-    counted, that reach the true one. Components must come from other subjects, or the null is too kind.
+    `isc` by chance (shifts, K), and p (K): the share of these values that reach the true one, which is counted among them.
+
+    Time courses are shifted circularly, each subject's by an amount of its own. Components must have been fitted on other
+    subjects, or chance looks lower than it is.
     """
     y_SKT = y_SKT - y_SKT.mean(2, keepdims=True)
     subjects, _, samples = y_SKT.shape

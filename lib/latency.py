@@ -1,10 +1,10 @@
 """
-When in a window something took place that the signal is locked to, such as the response of a trial: a filter over electrodes and time
-whose output is highest there, and the time that it points to.
+When in a window an event took place that the signal is locked to, such as the response of a trial.
 
-What precedes and follows a response (P3, motor potential) is the same wherever in the window that is; a linear readout of the waveform
-has to learn it anew at every latency, a filter learns it once. The filter is the ridge regression from the signal around each moment to
-how near the response is, the time the mean of a softmax over moments (as of places in Finn 2016, Deep Spatial Autoencoders).
+A filter over electrodes and time finds it. What precedes and follows a response (P3, motor potential) looks the same at any latency, so
+a filter learns it once, where a linear readout of the waveform has to learn it anew for each latency. The filter is a ridge regression:
+from the signal around a moment it tells how near the response is. A softmax of its output over all moments gives them weights, and
+their weighted mean is the time (as places are found in Finn 2016, Deep Spatial Autoencoders).
 
 Shape letters: B windows, E sites, T steps of about 0.1 s, L lags, F = E * L.
 """

@@ -1,8 +1,8 @@
 """
 Which tokens a window's context encoder sees and which it has to predict: an exact share, in blocks by electrode distance.
 
-Token n of a window is patch n % P of channel n // P. A mask is a function of (seed, step, index of the window in the global
-batch) and of that window's own channels, so that ranks, micro-batches and the other windows of a batch change nothing.
+Token n of a window is patch n % P of channel n // P. A mask depends on (seed, step, index of the window in the global
+batch) and on that window's own channels alone: it is the same on any rank, in any micro-batch and beside any other windows.
 
 Shape letters: B windows, C channels, P patches per channel, N = C * P tokens, K context tokens, M target tokens, W any width.
 """

@@ -63,11 +63,11 @@ def _unit(x_NCL: np.ndarray) -> torch.Tensor:
 
 def copies(own_N: np.ndarray, real_N: np.ndarray) -> dict[str, float]:
     """
-    The share of generated windows that are copies (`rate`), that of held-out real ones (`real`) and the most that is like it (`most`).
+    `rate`: the share of generated windows that are copies; `real`: the same of held-out real ones.
 
-    Both are correlations with the nearest training window. A recording that repeats itself has real windows above COPY; the `limit` is
-    then the 99th percentile of the real ones. `chance` is that of so many copies, were the generated like the real: Fisher's exact test,
-    one-sided; `most` has a chance of 1 %.
+    `own_N` and `real_N` are correlations with the nearest training window; beyond `limit` a window counts as a copy. The limit is COPY, or
+    the 99th percentile of the real ones where a recording repeats itself so much that these are higher. `chance` is how probable so
+    many copies are if generated windows are like real ones (Fisher's exact test, one-sided); `most` is the largest rate at which that is 1 % or more.
     """
     from scipy.stats import fisher_exact
 

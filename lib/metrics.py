@@ -53,10 +53,10 @@ def variance_shares(z_BD: torch.Tensor, subject_B: Sequence, stimulus_B: Sequenc
     """
     Share of the features' variance that is subject, and share of the variance within subjects that is stimulus.
 
-    Variance components by the analysis of variance (Henderson's method III, 1953: stimulus after subject, any numbers of windows per
-    cell), summed over D, over component plus residual: 0 on average for labels that mean nothing, and below it where groups differ less
-    than chance would have it (subjects who all did the same few things), but not below -1 / (windows per group - 1). Windows
-    labelled None are left out; NaN where the labels can't tell (one subject only, no subject with two stimuli …).
+    Analysis of variance, summed over D: a factor's variance component over itself plus the residual (Henderson's method III, 1953).
+    Subjects and stimuli may have any numbers of windows. Labels that mean nothing give 0 on average. A share is negative where groups
+    differ less than chance would make them, as when all subjects did the same few things; it is at least -1 / (windows per group - 1).
+    Windows labelled None are left out. NaN where labels can't tell: one subject only, or no subject with two stimuli.
     """
     placed_B = np.array([s is not None for s in subject_B], bool)
     both_B = placed_B & np.array([s is not None for s in stimulus_B], bool)

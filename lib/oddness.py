@@ -1,5 +1,5 @@
 """
-How strange held-out windows are to a trained flow and its encoder, which are told no condition, and to what needs no network.
+How strange held-out windows are: to a trained flow and its encoder, without any condition given, and to scores that need no network.
 
 Shape letters: R recordings, B or N windows, C channels, T samples, D width.
 """

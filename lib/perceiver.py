@@ -3,10 +3,11 @@ Adapters: an encoder behind a montage of its own, whatever the electrodes of the
 
 Perceiver: Q learned electrodes take in what the real ones of the same patch measured, the encoder works on these Q x P latent tokens,
 and each real token adds to itself what it then reads from those of its patch (Perceiver IO, Jaegle 2021; learned queries over
-electrodes as in LUNA, Döner 2025). Both steps know electrodes by position, never by name or number. Features thus exist for each
-electrode and patch of any montage, and the JEPA loss, predictor and probes see a bare encoder: the context's latents are made from
-visible tokens alone, the teacher's from all, and targets are what its hidden tokens have become. (Read out by position only, targets
-were nearly a function of the position: on the demo cohort they were predicted with a cosine of 0.90, at a rank of 7 instead of 30.)
+electrodes as in LUNA, Döner 2025). Both steps know electrodes by position, never by name or number. There are thus features for each
+electrode and patch of any montage, and the JEPA loss, predictor and probes use the adapter like a bare encoder: the context's latent
+tokens come from visible tokens alone, the teacher's from all, and targets are the teacher's features of the hidden tokens. (When real
+tokens were read out by position only, targets were nearly a function of the position: on the demo cohort they were predicted with a
+cosine of 0.90, at a rank of 7 instead of 30.)
 
 Nearest: the plain alternative to beat, each electrode's samples at the nearest of 128 places; the others take part in nothing.
 

@@ -7,11 +7,11 @@ From an encoder's tokens to what is to be predicted: readouts, heads, and both w
     prelocal     spatial filters on the samples, then the local encoder (patch embedding) of the filtered signals, no context
     postlocal    the local encoder of each electrode, then spatial filters, no context
     contextual   the whole encoder, then spatial filters
-    latency      these, and when in the window that took place which the signal is locked to (lib/latency.py)
+    latency      as contextual, and a time: when in the window the event was that the signal is locked to (lib/latency.py)
 
-The three before the last are the downstream designs of S-JEPA (Guetschel 2024, figure 2), for any montage: what a filter gives an electrode is a
-function of the electrode's place, as the encoder codes it. They keep the order of patches, the others leave it to the tokens. With
-an output per stretch (seizures) a readout sees each patch by itself.
+prelocal, postlocal and contextual are the downstream designs of S-JEPA (Guetschel 2024, figure 2). They work for any montage, because
+a filter's weight for an electrode is a function of the electrode's place. They keep the order of patches; the others leave it to the tokens. For
+seizures, which have an output per stretch, a readout sees each patch by itself.
 
 Shape letters: B windows, C channels, T samples, P patches, N = C * P tokens, D width, E sites, F filters, H means, K targets, O outputs,
 X features, S stretches.

@@ -3,8 +3,8 @@ What every phase does when training goes wrong, so that it goes on: steps that m
 
 A step whose loss or gradient isn't finite, or whose gradient is far beyond any before it, is skipped, counted, and its batch named
 in the log. After three in a row the weights are at fault, and the run goes back to the last good state it saved, at half the rate,
-which recovers slowly. A rollback is a resume: exact for the same reasons, and saved at once. All that decides is in the run's state
-and was added up over all ranks, so that ranks decide alike and a run that was killed decides again what it had decided.
+which recovers slowly. A rollback is a resume, as exact as one, and the run's state is saved at once. Every decision is made from that
+state and from sums over all ranks: ranks decide alike, and a run that was killed decides the same again.
 """
 
 import json

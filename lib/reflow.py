@@ -1,7 +1,8 @@
 """
-One round of reflow: a flow learns the pairs of noise and sample that another one makes, whose paths are straighter than independent ones.
+One round of reflow (Liu 2023): a flow learns from pairs of noise and sample that another flow, its teacher, has made.
 
-So fewer evaluations take it from noise to data (Liu 2023). The pairs are made once, before training, and conditions go with them.
+The paths between such pairs are straighter than between noise and windows drawn independently, so that samples need fewer evaluations. The
+pairs are made once, before training, together with their conditions.
 
 Shape letters: B windows of a batch, C channels, T samples, F conditions.
 """

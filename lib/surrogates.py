@@ -13,9 +13,10 @@ Halves = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
 def phase_randomised(x_NCL: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
-    Windows of the same amplitude spectra and, between channels, the same cross-spectra, with random phases: a linear Gaussian world.
+    Windows with random phases that keep the amplitude spectra, and between channels the cross-spectra (Prichard and Theiler 1994).
 
-    All channels of a window are turned by the same phases (Prichard and Theiler 1994); mean and highest frequency stay.
+    What is left is what a linear Gaussian process would give. All channels of a window are turned by the same phases; the mean and the
+    highest frequency stay.
     """
     z_NCF = np.fft.rfft(np.asarray(x_NCL, np.float64), axis=2)
     turn_NF = np.exp(2j * np.pi * rng.random((len(x_NCL), z_NCF.shape[2])))

@@ -1,9 +1,10 @@
 """
 The velocity network: a convolutional stem and decoder around the blocks of a JEPA encoder.
 
-Every channel goes through the stem by itself, in stages that divide the rate, down to one token per (channel, patch); the blocks of the
-encoder mix tokens; the decoder goes back up, with the stem's features of each stage added. So weights depend neither on the montage nor
-on the length of a window. Time and conditions shift and scale the features of every X (adaLN-zero, Peebles 2023): at step 0 the features of a clean window are exactly those of the encoder it came from.
+Every channel goes through the stem by itself: each stage lowers the rate, down to one token per (channel, patch). The blocks of the
+encoder mix the tokens of all channels. The decoder goes back up and adds the stem's features of each stage. Weights thus depend neither
+on the montage nor on the length of a window. Time and conditions shift and scale the features of every stage and block (adaLN-zero,
+Peebles 2023). At step 0 the features of a clean window are exactly those of the encoder it came from.
 
 Layouts are channels-last, (rows, time, width), which on CPUs saves every reordering around a convolution.
 

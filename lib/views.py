@@ -1,9 +1,9 @@
 """
 Augmentations: two views of a window that mean the same to a brain but not to a spectrum analyser.
 
-Each is a function of windows and of uniform random numbers that `Draw` makes from (seed, step, index of the window in the global batch),
-so that ranks, micro-batches and the other windows of a batch change nothing. Strengths are in physical units; each window draws how
-much of it it gets. Everything runs on the device of the windows. Units and length stay; channels only change through the mask.
+Random numbers are made by `Draw` from (seed, step, index of the window in the global batch). A window's views are therefore the same
+on any rank, in any micro-batch and beside any other windows. Strengths are in physical units: the most that a window can get of each
+augmentation; how much it gets is drawn. Everything runs on the device of the windows. Units and length stay; channels only change through the mask.
 
 Shape letters: B windows, C channels, T samples, F frequencies, K knots or taps, W any width.
 """
