@@ -210,7 +210,7 @@ def prepare(
         y_CT = y_CT.astype(np.float32)
         y_CT, bad, interpolated = _across(y_CT, picked, good, flagged, references, signal, notes)
     y_CT, segments = _filter(y_CT, rate_hz, check.segments, signal)
-    y_CT, segments = _crop(y_CT, segments, signal, crop, recording)
+    y_CT, segments = _crop(y_CT, segments, signal, crop)
     if not segments:
         least_s = _least_samples(signal, rate_hz) / rate_hz
         flag = "--envelope-hz" if least_s > signal["min_seconds"] * (1 + 1e-9) else "--min-seconds"
@@ -350,7 +350,7 @@ def _filter(x_CT: np.ndarray, rate_hz: float, segments: list, signal: dict) -> t
     return (np.concatenate(pieces, axis=1) if len(pieces) != 1 else pieces[0]) if pieces else x_CT[:, :0], kept
 
 
-def _crop(y_CT: np.ndarray, segments: list, signal: dict, crop: tuple | None, recording) -> tuple[np.ndarray, list]:
+def _crop(y_CT: np.ndarray, segments: list, signal: dict, crop: tuple | None) -> tuple[np.ndarray, list]:
     """Keep what lies between two times of the recording (s; negative: from its end; a stop of 0 or none: its end)."""
     if not crop:
         return y_CT, segments

@@ -79,7 +79,7 @@ def source_rules(source: Source) -> dict:
     """What the data set's description adds to the signal options."""
     spec = asdict(source.spec)
     rules = {
-        "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items() if v or k != "renames"},
+        "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()},
         "crop": source.crop and list(source.crop),
     }
     return rules if shaft_hz(source) is None else rules | {"shaft_hz": shaft_hz(source)}

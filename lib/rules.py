@@ -45,9 +45,8 @@ class Rule:
     name: str | None
     pattern: re.Pattern | None
     spec: dict[str, object]  # fields of ReadSpec that are stated
-    values: dict[
-        str, dict[str, str]
-    ]  # of a column, a participants column, `event` or `channel`: as found → as we call it
+    # of a column, a participants column, `event` or `channel`: as found → as we call it
+    values: dict[str, dict[str, str]]
     participants: Participants | None
     crop: dict[str, dict[str, tuple[float | None, float | None]]]  # column → renamed value → seconds
     split: dict[str, str]  # subject, or value of the column `split_by` → split

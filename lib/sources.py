@@ -62,9 +62,8 @@ class Source:
     dataset: str
     layout: str  # bids | tuh | toml | folder
     companions: tuple[Path, ...]  # other files the signal lives in
-    label_files: tuple[
-        Path, ...
-    ]  # .csv_bi (also one that should be there and isn't), .csv, events.tsv, -eve.fif, EDF+ of annotations
+    # .csv_bi (also one that should be there and isn't), .csv, events.tsv, -eve.fif, EDF+ of annotations
+    label_files: tuple[Path, ...]
     spec: ReadSpec
     subject: str
     session: str = ""
