@@ -5,6 +5,7 @@ A part says which source, options and rules it is of, and is cached with its sha
 """
 
 import contextlib
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,12 +78,10 @@ def source_files(source: Source) -> list[tuple[Path, tuple[int, int]]]:
 
 def source_rules(source: Source) -> dict:
     """What the data set's description adds to the signal options."""
-    spec = asdict(source.spec)
-    rules = {
-        "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()},
-        "crop": source.crop and list(source.crop),
-    }
-    return rules if shaft_hz(source) is None else rules | {"shaft_hz": shaft_hz(source)}
+    rules = {"spec": asdict(source.spec), "crop": source.crop}
+    if (hz := shaft_hz(source)) is not None:
+        rules["shaft_hz"] = hz
+    return json.loads(json.dumps(rules))  # lists for tuples, as a part that is read back has them
 
 
 def shaft_hz(source: Source) -> float | None:

@@ -664,6 +664,17 @@ def test_averages_of_few_channels_are_noted_and_are_of_unipolar_ones_alone(tmp_p
     assert "average reference of few channels" not in stored("d", names[:2], "none")[1]
 
 
+def test_renamed_channels_are_cached_once(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_edf(raw / "sub-1.edf", noise_uv(np.random.default_rng(0), 3, 3200), 200, ["X1", "X2", "X3"])
+    (raw / "dataset.toml").write_text('name = "d"\n[values.channel]\nX1 = "C3"\nX2 = "Cz"\nX3 = "C4"\n')
+    for built in (1, 0):
+        code, result, stderr = run("--source", raw, "--cache", tmp_path / "cache", "--workers", 1)
+        assert code == 0 and result["built"] == built, stderr
+    assert Cache(tmp_path / "cache").recordings[0].names == ("C3", "Cz", "C4")
+
+
 def test_names_that_are_no_utf8_do_not_end_a_build(tmp_path):
     folder = os.fsencode(tmp_path) + b"/r\xfcck"
     os.mkdir(folder)
