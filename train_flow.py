@@ -102,6 +102,8 @@ class Config(RunConfig):
     unmix: bool = True  # take off what channels have in common, where there are several
     level: bool = True  # divide out a window's RMS and condition on it
     rhythms: int = 2  # 0, 1 or 2 of the envelope: their phases are conditions, and what they repeat is taken off
+    hums: bool = True  # take off tones of constant loudness from recordings of one channel
+    flatten: bool = True  # divide out what spectrum windows have left after filter, rhythms and hums
     calibrate: int = 1024  # samples that the final gain per frequency is measured on; 0: no such gain
     predict: Literal["preconditioned", "v", "x1"] = "preconditioned"  # what the network's output means
     times: Literal["logit-normal", "uniform", "ends"] = "logit-normal"  # where on the path it is trained
@@ -387,7 +389,9 @@ def main(cfg: Config) -> dict | None:
     encoder, lineage = start_encoder(cfg, corpus)
     columns = dict(label=cfg.label, domain=cfg.domain, speed=cfg.speed, traits=cfg.traits)
     filters = dict(by_recording=cfg.whiten_by == "recording", order=cfg.whiten_order, rhythms=cfg.rhythms)
-    target, whiten, learned, unknown = fit_target(corpus, **columns, **filters, unmix=cfg.unmix, level=cfg.level)
+    target, whiten, learned, unknown = fit_target(
+        corpus, **columns, **filters, unmix=cfg.unmix, level=cfg.level, hum=cfg.hums, flatten=cfg.flatten
+    )
     held = corpus.rows("val") if corpus.spans["val"] and len(corpus.windows("val")) else []
     val = corpus.windows("val" if held else "train")
     patch = encoder.architecture.patch
@@ -597,9 +601,9 @@ def generate(cfg: Config, ranks: Ranks) -> dict:
         if count:
             started = time.perf_counter()
             how = (given, cfg.unconditional, cfg.guidance, cfg.nfe, cfg.solver)
-            w_NCT, log_N, code_NX = draw_windows(net, whiten, meta, template, first + np.arange(count), cfg.seed, *how)
+            drawn = draw_windows(net, whiten, meta, template, first + np.arange(count), cfg.seed, *how)
             spent_s += time.perf_counter() - started
-            found.append((template, in_unit(whiten, template, w_NCT, log_N, code_NX)))
+            found.append((template, in_unit(whiten, template, *drawn)))
             first += count
     flags = f"--sample {cfg.sample} --model {cfg.model} --out {cfg.out} --seed {cfg.seed} --nfe {cfg.nfe} --solver {cfg.solver}"
     flags += f" --guidance {cfg.guidance:g}" + " --unconditional" * cfg.unconditional

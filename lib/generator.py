@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import flow
+from lib import flow, hums
 from lib.corpus import Corpus, even
 from lib.errors import Unusable
 from lib.lineage import digest
@@ -102,9 +102,9 @@ def draw_windows(
     cfg: float = 1.0,
     nfe: int = 16,
     solver: str = "heun",
-) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
+) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor, torch.Tensor]:
     """
-    White windows (N, C, T) modelled on a template, their log RMS (N, None if the model has no levels), and their codes (N, F + 2 Q).
+    White windows (N, C, T) modelled on a template, their log RMS (N, None if the model has no levels), codes (N, F + 2 Q), and phases of hums (N, P).
 
     A window depends on the seed and its number in `index_N` alone. `given` replaces conditions of the template; `unconditional` leaves
     only level and rhythms.
@@ -121,7 +121,9 @@ def draw_windows(
     u_NQ = uniform(seed, 0, index_N, net.shape.rhythms, "flow rhythm")
     code_NF = torch.cat([code_NF, whiten.draw_rhythms(u_NQ, template["group"])], 1)
     how = (positions_of(template), meta["window"], meta["predict"], cfg, nfe, solver, seed)
-    return flow.sample(net, code_NF, *how, first=int(index_N[0])), log_N if meta["level"] else None, code_NF
+    w_NCT = flow.sample(net, code_NF, *how, first=int(index_N[0]))
+    turn_NP = torch.from_numpy(uniform(seed, 0, index_N, hums.MOST, "flow hum"))
+    return w_NCT, log_N if meta["level"] else None, code_NF, turn_NP
 
 
 def positions_of(template: dict) -> torch.Tensor:
@@ -130,18 +132,24 @@ def positions_of(template: dict) -> torch.Tensor:
 
 
 def in_unit(
-    whiten: Whitening, template: dict, w_NCT: torch.Tensor, log_N: np.ndarray | None, code_NX: torch.Tensor
+    whiten: Whitening,
+    template: dict,
+    w_NCT: torch.Tensor,
+    log_N: np.ndarray | None,
+    code_NX: torch.Tensor,
+    turn_NP: torch.Tensor,
 ) -> np.ndarray:
-    """White windows as signals in the template's unit (uV, g), with its spectrum and what its turns repeat; float64 (N, C, T)."""
+    """White windows as signals in the template's unit (uV, g), with its spectrum, what its turns repeat and what hums; float64 (N, C, T)."""
     scale_C1, offset_C1 = (np.array(template[name])[:, None] for name in ("scale", "offset"))
-    w_NCT, place_C = mixed(whiten, template, w_NCT, code_NX)
+    w_NCT, place_C = mixed(whiten, template, w_NCT, code_NX, turn_NP)
     return whiten.colour(w_NCT, template["group"], log_N, place_C=place_C) * scale_C1 + offset_C1
 
 
 def mixed(
-    whiten: Whitening, template: dict, w_NCT: torch.Tensor, code_NX: torch.Tensor
+    whiten: Whitening, template: dict, w_NCT: torch.Tensor, code_NX: torch.Tensor, turn_NP: torch.Tensor
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """White windows with what the template repeats and what its channels have in common, and which of the filters' channels these are."""
+    """White windows with what the template repeats, what hums and what its channels have in common, and which of the filters' channels these are."""
+    w_NCT = whiten.unsettled(w_NCT, template["group"], turn_NP)
     if w_NCT.shape[1] == 1 and (rhythms := 2 * whiten.rhythm_GQ.shape[1]):
         w_NCT = w_NCT + whiten.repeated(code_NX[:, -rhythms:], np.full(len(w_NCT), template["group"]), w_NCT.shape[2])
     number = {name: v for v, name in enumerate(whiten.channels)}
@@ -155,7 +163,7 @@ def calibrate(net: Velocity, whiten: Whitening, meta: dict, windows: int, seed: 
     each = max(8, windows // len(groups))
     for k, (group, template) in enumerate(tqdm(groups.items(), desc="calibrating", unit="filter", dynamic_ncols=True)):
         index_N = CALIBRATION + k * each + np.arange(each)
-        w_NCT, log_N, code_NX = draw_windows(net, whiten, meta, template, index_N, seed, nfe=nfe, solver=solver)
+        w_NCT, log_N, *codes = draw_windows(net, whiten, meta, template, index_N, seed, nfe=nfe, solver=solver)
         apart = meta["window"] >= SEGMENT  # shorter windows are measured end to end: their levels would jump in between
-        w_NCT, place_C = mixed(whiten, template, w_NCT, code_NX)
+        w_NCT, place_C = mixed(whiten, template, w_NCT, *codes)
         whiten.calibrate(group, whiten.colour(w_NCT, group, log_N if apart else None, False, place_C))

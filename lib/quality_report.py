@@ -278,8 +278,8 @@ def draw_windows(
         if first == stop:
             continue
         how = {"cfg": guidance, "nfe": nfe, "solver": solver}
-        w_NCT, log_N, code_NX = generator.draw_windows(net, whiten, meta, template, np.arange(first, stop), seed, **how)
-        x.append(generator.in_unit(whiten, template, w_NCT, log_N, code_NX).astype(np.float32))
+        drawn = generator.draw_windows(net, whiten, meta, template, np.arange(first, stop), seed, **how)
+        x.append(generator.in_unit(whiten, template, *drawn).astype(np.float32))
         label += [label_of(template["columns"], columns)] * (stop - first)
         block += [template["key"]] * (stop - first)
     return Windows(np.concatenate(x), np.array(block), np.array(label) if columns else None), names, meta

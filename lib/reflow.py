@@ -24,7 +24,9 @@ FINE = 32  # evaluations of the teacher per pair
 
 def same_filters(a: Whitening, b: Whitening) -> bool:
     """Whether two whitenings make the same of a signal, to rounding."""
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("taps_GK", "cross_GVV", "rhythm_GQ")]
+    pairs = [
+        (getattr(a, name), getattr(b, name)) for name in ("taps_GK", "cross_GVV", "rhythm_GQ", "hum_GF", "flat_GF")
+    ]
     return all(x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5, equal_nan=True) for x, y in pairs)
 
 
@@ -55,7 +57,7 @@ class Pairs:
         self.sets = []
         for k, template in enumerate(meta["templates"]):
             index_N = k * each + np.arange(each)
-            x1_NCT, _, code_NF = generator.draw_windows(net, whiten, meta, template, index_N, seed, nfe=FINE)
+            x1_NCT, _, code_NF, _ = generator.draw_windows(net, whiten, meta, template, index_N, seed, nfe=FINE)
             noise_NCT = flow.draw_noise(seed, 0, index_N, x1_NCT.shape[1:])  # what `flow.sample` begins with
             positions_NC3 = generator.positions_of(template).expand(each, -1, -1)
             self.sets.append((x1_NCT, noise_NCT, code_NF, positions_NC3))

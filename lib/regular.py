@@ -23,6 +23,7 @@ NEAR, NEARBY = 0.02, 41  # turns that a phase differs at most from one hop to th
 PASSES = 3
 QUIET = 0.1  # what lines of the envelope count beside those of the signal, whose phases are finer
 MOST_WINDOWS = 1024
+SOME = 16  # windows at a time, so that their carriers stay in the cache
 MORE = 0.1  # of the power: what must repeat more with another rhythm; phases that fit noise best give it up to half of this
 
 
@@ -44,11 +45,14 @@ class Regular:
 
     def wave(self, rhythm_BQ2: torch.Tensor, group_B: np.ndarray, samples: int) -> torch.Tensor:
         """The part of windows that every turn has (B, T), zero for a group that has none and where no phase is known."""
+        rows = zip(rhythm_BQ2.split(SOME), torch.from_numpy(group_B).split(SOME), strict=True)
+        return torch.cat([self._wave(rhythm_SQ2, at_S, samples) for rhythm_SQ2, at_S in rows])
+
+    def _wave(self, rhythm_BQ2: torch.Tensor, at_B: torch.Tensor, samples: int) -> torch.Tensor:
         low_BMT, high_BNT = _carriers(rhythm_BQ2[:, :, 0], samples, rhythm_BQ2[:, :, 1])
-        wave_GMN = self.wave_GMN[torch.from_numpy(group_B)].to(low_BMT.dtype)
-        side_BMT = torch.einsum("bmn,bnt->bmt", wave_GMN, high_BNT)
+        side_BMT = self.wave_GMN[at_B].to(low_BMT.dtype) @ high_BNT
         known_B1 = rhythm_BQ2[:, :1, :].isfinite().all(2)
-        return 2 * (side_BMT * low_BMT).real.sum(1) * known_B1
+        return 2 * (side_BMT.real * low_BMT.real - side_BMT.imag * low_BMT.imag).sum(1) * known_B1
 
 
 def lines(x_BT: torch.Tensor, rhythm_BQ: torch.Tensor) -> torch.Tensor:
@@ -96,9 +100,10 @@ def nothing() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def _likeliest(line_BKMN, mean_BKMN, weight_BKMN, rhythm_BQ: torch.Tensor) -> torch.Tensor:
     """Phases (B, Q) at which lines are most alike the mean: the likelihood at all of them is one Fourier transform."""
     alike_BMN = (line_BKMN * mean_BKMN.conj() * weight_BKMN).sum(1).to(torch.complex64)
-    padded = torch.zeros(len(alike_BMN), FINE, COARSE, dtype=torch.complex64)
-    padded[:, : HARMONICS + 1, torch.arange(-SIDEBANDS, SIDEBANDS + 1)] = alike_BMN
-    best_B = torch.fft.fft2(padded).real.flatten(1).argmax(1)
+    sides_BMC = alike_BMN.new_zeros(*alike_BMN.shape[:2], COARSE)
+    sides_BMC[:, :, torch.arange(-SIDEBANDS, SIDEBANDS + 1)] = alike_BMN
+    parts = (torch.fft.fft(part_SMC, FINE, dim=1).real for part_SMC in torch.fft.fft(sides_BMC).split(SOME))
+    best_B = torch.cat([part_SFC.flatten(1).argmax(1) for part_SFC in parts])
     turn_BQ = torch.stack([best_B // COARSE / FINE, best_B % COARSE / COARSE], 1)[:, : rhythm_BQ.shape[1]]
     return torch.where(rhythm_BQ.isfinite(), (turn_BQ + 0.5) % 1 - 0.5, math.nan)
 
@@ -113,7 +118,7 @@ def learn(
     """
     hz_Q = torch.from_numpy(rhythm_Q)
     rhythm_NQ = hz_Q.expand(len(x_NT), -1)
-    line_NKMN = torch.cat([lines(x, r) for x, r in zip(x_NT.split(64), rhythm_NQ.split(64), strict=True)])
+    line_NKMN = torch.cat([lines(x_ST, hz_Q[None]) for x_ST in x_NT.split(SOME)])
     counts_KMN = _orders(hz_Q, x_NT.shape[1])
     weight_KMN = counts_KMN / (line_NKMN.abs().square().mean(0) + 1e-12)
     turn_NQ = _followed(line_NKMN, weight_KMN, hz_Q, hop)

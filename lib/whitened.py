@@ -13,17 +13,19 @@ import numpy as np
 import torch
 
 from lib import conditions
-from lib.corpus import Corpus, fit_corpus, for_strangers
+from lib.corpus import Corpus, even, fit_corpus, for_strangers
 from lib.errors import Unusable
 from lib.lineage import digest
 from lib.whitening import Whitening
+
+SEEN, LEAST, ALL = 512, 32, 2**14  # windows that `fit_rest` measures: most and fewest of a group, and of all together
 
 
 @dataclass
 class White:
     """Some windows of one number of channels."""
 
-    x1_BCT: torch.Tensor  # whitened, level divided out, what rhythms repeat taken off
+    x1_BCT: torch.Tensor  # whitened, level divided out, what rhythms repeat and what hums taken off, flattened
     code_BX: torch.Tensor  # conditions, NaN where unknown, the level last, then the rhythms
     raw_BCT: torch.Tensor  # in the cache's unit, as an encoder takes it
     positions_BC3: torch.Tensor
@@ -66,6 +68,7 @@ class Target:
             rhythm_BQ2 = whiten.rhythms(x1_BCT, group_R[row_B], part.mask_BC)
             if rhythm_BQ2.shape[1] and x1_BCT.shape[1] == 1:
                 x1_BCT = x1_BCT - whiten.repeated(rhythm_BQ2, group_R[row_B], x1_BCT.shape[2])
+            x1_BCT = whiten.settled(x1_BCT, group_R[row_B])
             raw_BCT = part.x_BCT[:, :, self.corpus.before :].contiguous()
             code_BX = torch.cat([code_BF, rhythm_BQ2], 1)
             found.append(White(x1_BCT, code_BX, raw_BCT, part.positions_BC3, part.mask_BC, row_B, part.index_B))
@@ -84,6 +87,8 @@ def fit_target(
     rhythms: int,
     unmix: bool,
     level: bool,
+    hum: bool,
+    flatten: bool,
 ) -> tuple[Target, Whitening, list[conditions.Condition], Counter]:
     """
     What makes windows, the part of it that the training recordings told, conditions, and which values of others these don't know, counted.
@@ -104,6 +109,24 @@ def fit_target(
             raise Unusable(f"--{flag} {' '.join(words)}: no training recording has it")
     learned, unknown = conditions.learn(rows, ("dataset", "rate", *asked, "speed", "recording")), Counter()
     code_RF = torch.tensor([conditions.encode(learned, row, unknown) for row in values], dtype=torch.float32)
+    if hum or flatten:
+        fit_rest(Target(corpus, whiten, group_R, code_RF, level), hum, flatten)
     strangers = sorted({*corpus.rows("val")} - {*corpus.rows("train")})
     own, group_R = for_strangers(corpus, whiten, group_R, strangers, "val")
     return Target(corpus, own, group_R, code_RF, level), whiten, learned, unknown
+
+
+def fit_rest(target: Target, hum: bool, flatten: bool) -> None:
+    """Measure what filters and rhythms leave of the training windows of each group: what hums, and the spectrum of the rest; take both off from now on."""
+    windows = target.corpus.windows("train")
+    row_N, start_N = windows.locate(np.arange(len(windows)))
+    group_N = target.group_R[row_N]
+    groups = np.unique(group_N)
+    for group in groups:
+        of = np.flatnonzero(group_N == group)
+        some = np.array(even(of.tolist(), min(SEEN, max(LEAST, ALL // len(groups)))))
+        parts = target.read(row_N[some], start_N[some], np.arange(len(some)), 0, 64, 0, 0)
+        x_NT = torch.cat([p.x1_BCT.flatten(0, 1) if p.mask_BC is None else p.x1_BCT[p.mask_BC] for p in parts])
+        apart = min(len(some), len(of) * min(1, target.corpus.stride / target.corpus.samples)) * len(x_NT) / len(some)
+        alone = all(p.x1_BCT.shape[1] == 1 for p in parts)
+        target.whiten.settle(group, x_NT, apart, hum and alone, flatten)

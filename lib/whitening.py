@@ -18,10 +18,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from lib import mixing, regular, rhythm
+from lib import hums, mixing, regular, rhythm
 
 QUANTILES = 65  # of a group's levels: every 1.6 %
+SURE = 48  # windows x frequencies that a gain of `flatten` is the mean of, so that its power is off by 14 %
+EMPTY = 1e-3  # of the mean power: what a gain takes a quieter frequency for
 SEGMENT = 256  # samples of the segments that mean spectra are of
 CLICK = 10.0  # times the power at a frequency that one segment of a hundred has: what is louder is no part of the mean spectrum
 HISTORY = 4096  # samples that an inverse filter runs before what is kept; its memory is far shorter
@@ -46,6 +49,8 @@ class Whitening:
     rhythm_GQ: torch.Tensor  # frequencies of the envelope's rhythms, cycles per sample; NaN where there is none
     own_GVK: torch.Tensor  # filters of single channels; V is 0 where all of a recording have one
     cross_GVV: torch.Tensor  # covariance of the whitened channels; V is 0 where they aren't unmixed
+    hum_GF: torch.Tensor  # amplitudes of hums in signals of one channel (lib/hums.py); F is 0 until `settle`
+    flat_GF: torch.Tensor  # gain that flattens the spectrum of whole windows; F is 0 until `settle`
     repeats: regular.Regular | None = None  # what signals of one channel repeat
 
     @property
@@ -114,6 +119,44 @@ class Whitening:
         if self.repeats is None:
             return torch.zeros(len(code_BX), 1, samples)
         return self.repeats.wave(code_BX.unflatten(1, (-1, 2)), group_B, samples)[:, None].float()
+
+    def settle(self, group: int, x_NT: torch.Tensor, apart: float, hum: bool, flatten: bool) -> None:
+        """
+        Measure what hums in channels of a group's windows, whitened and without what repeats, and what makes the rest's mean spectrum flat and 1.
+
+        `apart` is how many of them are as good as independent; where they are few, neighbouring frequencies share a gain.
+        """
+        T = x_NT.shape[1]
+        if not self.flat_GF.shape[1]:
+            self.hum_GF = torch.zeros(len(self.names), hums.FINER * T // 2 + 1)
+            self.flat_GF = torch.ones(len(self.names), T // 2 + 1, dtype=torch.float64)
+        if hum:
+            self.hum_GF[group] = hums.find(x_NT, apart)
+            x_NT = x_NT - hums.of(x_NT, self.hum_GF[group])
+        if flatten:
+            power_F = torch.fft.rfft(x_NT.double()).abs().square().mean(0) / T
+            power_1F = power_F.clamp_min(EMPTY * power_F.mean().clamp_min(1e-12))[None]
+            around = min(math.ceil(SURE / apart) // 2, power_1F.shape[1] - 1)
+            smooth_1F = F.avg_pool1d(F.pad(power_1F, (around, around), mode="reflect"), 2 * around + 1, 1)
+            self.flat_GF[group] = smooth_1F[0].rsqrt()
+
+    def settled(self, w_BCT: torch.Tensor, group_B: np.ndarray) -> torch.Tensor:
+        """White windows without repeats as a flow learns them: without hums, and of a flat spectrum, filtered around a circle."""
+        if not self.flat_GF.shape[1]:
+            return w_BCT
+        at_B = torch.from_numpy(group_B)
+        if w_BCT.shape[1] == 1 and self.hum_GF.any():
+            w_BCT = w_BCT - hums.of(w_BCT[:, 0], self.hum_GF[at_B])[:, None]
+        return torch.fft.irfft(torch.fft.rfft(w_BCT) * self.flat_GF[at_B, None].to(w_BCT.dtype), w_BCT.shape[2])
+
+    def unsettled(self, w_NCT: torch.Tensor, group: int, u_NP: torch.Tensor) -> torch.Tensor:
+        """The inverse of `settled`, but for the phases of hums, which are uniform if `u_NP` is."""
+        if not self.flat_GF.shape[1]:
+            return w_NCT
+        w_NCT = torch.fft.irfft(torch.fft.rfft(w_NCT) / self.flat_GF[group].to(w_NCT.dtype), w_NCT.shape[2])
+        if w_NCT.shape[1] == 1 and self.hum_GF[group].any():
+            w_NCT = w_NCT + hums.drawn(self.hum_GF[group], u_NP, w_NCT.shape[2])[:, None]
+        return w_NCT
 
     def mixed(self, w_NCT: torch.Tensor, group: int, place_C: np.ndarray) -> torch.Tensor:
         """White channels with what those `place_C` of a group have in common; the inverse of what `whiten` does to them, float64."""
@@ -210,7 +253,13 @@ class Whitening:
 
 def restore(names: Sequence[str], tensors: dict[str, torch.Tensor], channels: Sequence[str] = ()) -> Whitening:
     """A whitening from what `tensors` gave."""
-    none = {"rhythm_GQ": (0,), "own_GVK": (0, tensors["taps_GK"].shape[1]), "cross_GVV": (0, 0)}  # in older files
+    none = {
+        "rhythm_GQ": (0,),
+        "own_GVK": (0, tensors["taps_GK"].shape[1]),
+        "cross_GVV": (0, 0),
+        "hum_GF": (0,),
+        "flat_GF": (0,),
+    }  # in older files
     older = {name: torch.zeros(len(names), *shape) for name, shape in none.items()}
     own = {k: t for k, t in tensors.items() if not k.startswith("repeats.")}
     parts = {k.removeprefix("repeats."): t for k, t in tensors.items() if k not in own}
@@ -261,7 +310,7 @@ def fit(
     tables = (torch.from_numpy(np.stack(rows)) for rows in (taps, levels))
     trim_GF = torch.ones_like(power_GF)
     own_GVK, cross_GVV = (torch.from_numpy(np.stack(rows)) for rows in (own, crosses))
-    fitted = (*tables, power_GF, trim_GF, rhythm_GQ, own_GVK, cross_GVV)
+    fitted = (*tables, power_GF, trim_GF, rhythm_GQ, own_GVK, cross_GVV, power_GF[:, :0], power_GF[:, :0])
     return Whitening(tuple(names), tuple(channels), *fitted, repeats)
 
 

@@ -216,9 +216,9 @@ def test_generated_windows_knock_when_they_are_told_to(machines, tmp_path):
     told = trained(machines, tmp_path / "run", steps=400, batch=32, d_model=32)
     net, whiten, meta = generator.load_model(told["model"])
     template = next(t for t in meta["templates"] if whiten.rhythm_GQ[t["group"]].isfinite().sum() == 1)
-    w_NCT, _, code_NX = generator.draw_windows(net, whiten, meta, template, np.arange(64), 1, nfe=16)
+    w_NCT, _, code_NX, turn_NP = generator.draw_windows(net, whiten, meta, template, np.arange(64), 1, nfe=16)
     known = len(net.given.conditions)
-    whole_NCT, _ = generator.mixed(whiten, template, w_NCT, code_NX)
+    whole_NCT, _ = generator.mixed(whiten, template, w_NCT, code_NX, turn_NP)
     turn_N = whiten.rhythms(whole_NCT.float(), np.full(64, template["group"]), None)[:, 1]
     apart_N = (turn_N - code_NX[:, known + 1] + 0.5) % 1 - 0.5
     assert float(apart_N.abs().median()) < 0.05  # 0.25 by chance

@@ -88,7 +88,7 @@ def fitted(cfg: Config, corpus: Corpus) -> tuple:
     """What `fit_target` gives for a config."""
     columns = dict(label=cfg.label, domain=cfg.domain, speed=cfg.speed, traits=cfg.traits)
     how = dict(by_recording=True, order=cfg.whiten_order, rhythms=cfg.rhythms, unmix=cfg.unmix, level=cfg.level)
-    return fit_target(corpus, **columns, **how)
+    return fit_target(corpus, **columns, **how, hum=cfg.hums, flatten=cfg.flatten)
 
 
 @pytest.fixture(scope="session")
@@ -288,7 +288,7 @@ def test_the_contrastive_gradient_reaches_the_trunk_and_heads_are_in_the_optimiz
 
 
 @pytest.mark.parametrize("changes", [dict(whiten_order=0, level=False, whiten_by="dataset"), dict(predict="v", times="uniform"), dict(predict="x1", balance="uncertainty", contrast=0.1),
-                                     dict(hold_out="time"), dict(encoder="mamba"), dict(unmix=False, rhythms=1), dict(balance="gradnorm", contrast=0.1)])  # fmt: skip
+                                     dict(hold_out="time"), dict(encoder="mamba"), dict(unmix=False, rhythms=1, flatten=False), dict(hums=False), dict(balance="gradnorm", contrast=0.1)])  # fmt: skip
 def test_other_flags_train_too(changes, caches, tmp_path):
     results = main(config(caches[1:], tmp_path / "run", steps=4, calibrate=0, **changes))
     assert math.isfinite(results["metrics"]["val_loss"])
@@ -370,30 +370,41 @@ def test_samples_are_a_cache_in_physical_units_that_tools_read(straight, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def apart(real: Cache, fake: Cache, fault: str) -> tuple[float, float]:
+    """How far the spectra of generated windows are from those they are modelled on, dB RMS, and the ratio of their levels."""
+    spectra, levels = [], []
+    for cache in (real, fake):
+        rows = [
+            i
+            for i, r in enumerate(cache.recordings)
+            if r.columns["fault"] == fault and (cache is fake or r.split == "train")
+        ]
+        windows = cache.windows(None, 128 / 2000, 128 / 2000, rows)
+        x_BCT = windows.read(np.linspace(0, len(windows) - 1, 60).astype(int), "g").x_BCT.double()
+        levels.append(x_BCT.square().mean().sqrt())
+        spectra.append((torch.fft.rfft(x_BCT * torch.hann_window(128)).abs() ** 2).mean((0, 1))[2:-2])
+    apart_db = 10 * torch.log10(spectra[1] / spectra[0] * (levels[0] / levels[1]) ** 2)
+    return float(apart_db.square().mean().sqrt()), float(levels[1] / levels[0])
+
+
 def test_generated_noise_has_the_spectrum_and_the_level_of_its_recordings(caches, straight, tmp_path):
-    cfg = Config(
-        sample=160,
-        model=str(straight / "model.safetensors"),
-        out=str(tmp_path / "a"),
-        given=("dataset=machine",),
-        nfe=4,
-    )
-    train_flow.generate(cfg, train_flow.join("cpu"))
-    real, fake = Cache(caches[1]), Cache(tmp_path / "a")
+    how = dict(sample=160, out=str(tmp_path / "a"), given=("dataset=machine",), nfe=4)
+    train_flow.generate(Config(model=str(straight / "model.safetensors"), **how), train_flow.join("cpu"))
     for fault in ("well", "worn"):
-        spectra, levels = [], []
-        for cache in (real, fake):
-            rows = [
-                i
-                for i, r in enumerate(cache.recordings)
-                if r.columns["fault"] == fault and (cache is fake or r.split == "train")
-            ]
-            windows = cache.windows(None, 128 / 2000, 128 / 2000, rows)
-            x_BCT = windows.read(np.linspace(0, len(windows) - 1, 60).astype(int), "g").x_BCT.double()
-            levels.append(x_BCT.square().mean().sqrt())
-            spectra.append((torch.fft.rfft(x_BCT * torch.hann_window(128)).abs() ** 2).mean((0, 1))[2:-2])
-        apart_db = 10 * torch.log10(spectra[1] / spectra[0] * (levels[0] / levels[1]) ** 2)
-        assert float(apart_db.square().mean().sqrt()) < 2 and 0.7 < float(levels[1] / levels[0]) < 1.4
+        apart_db, louder = apart(Cache(caches[1]), Cache(tmp_path / "a"), fault)
+        assert apart_db < 2 and 0.7 < louder < 1.4
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_a_network_that_learned_nothing_has_the_spectrum_without_any_filter_if_it_was_flattened(
+    flatten, caches, tmp_path
+):
+    flags = dict(steps=1, whiten_order=0, calibrate=0, flatten=flatten)
+    told = main(config(caches[1:], tmp_path / "run", **flags))
+    how = dict(sample=160, out=str(tmp_path / "a"), nfe=4)
+    train_flow.generate(Config(model=told["model"], **how), train_flow.join("cpu"))
+    apart_db, _ = apart(Cache(caches[1]), Cache(tmp_path / "a"), "worn")
+    assert apart_db < 2 if flatten else apart_db > 5
 
 
 def test_samples_of_a_seed_are_the_same_and_guidance_and_conditions_change_them(straight):
@@ -496,7 +507,7 @@ def test_flow_module_and_file_agree_on_what_noise_samples_begin_with(straight):
     with torch.no_grad():
         net.last.weight.zero_()
         net.last.bias.zero_()
-    w_NCT, _, _ = generator.draw_windows(net, whiten, meta, template, np.arange(5), 3, nfe=16)
+    w_NCT, *_ = generator.draw_windows(net, whiten, meta, template, np.arange(5), 3, nfe=16)
     noise = flow.draw_noise(3, 0, np.arange(5), w_NCT.shape[1:])
     assert torch.allclose(w_NCT, noise, atol=0.1) and not torch.allclose(
         w_NCT, flow.draw_noise(4, 0, np.arange(5), w_NCT.shape[1:]), atol=1

@@ -104,6 +104,42 @@ def test_calibration_mends_what_the_filter_left():
     assert error[1] < 4 < 20 < error[0]
 
 
+def lined(rng: np.random.Generator, windows: int, channels: int = 1) -> torch.Tensor:
+    """Windows of noise with a hum that comes from elsewhere than the filter knows: one sharp line, 20 dB above a hollow of 10 dB."""
+    noise = torch.from_numpy(rng.standard_normal((windows, channels, 256)))
+    shape_F = torch.where((torch.arange(129) > 60) & (torch.arange(129) < 80), 0.3, 1.0)
+    shape_F[30] = 10.0
+    return torch.fft.irfft(torch.fft.rfft(noise) * shape_F, 256)
+
+
+@pytest.mark.parametrize("windows, channels", [(400, 1), (60, 4), (8, 2)])
+def test_what_the_filter_left_is_flattened_and_put_back(fitted, windows, channels):
+    whiten, rng = whitening.restore(fitted[0].names, fitted[0].tensors()), np.random.default_rng(3)
+    before, new = lined(rng, windows, channels), lined(rng, 500, channels)
+    assert whiten.settled(before, np.zeros(windows, int)) is before  # no gain yet
+    whiten.settle(1, before.flatten(0, 1), windows * channels, hum=False, flatten=True)
+    flat = whiten.settled(new, np.ones(500, int))
+    power_F = torch.fft.rfft(flat).abs().square().mean((0, 1)) / 256
+    if windows * channels > whitening.SURE:
+        assert power_F.log().abs().max() < 0.5 and abs(float(power_F.mean()) - 1) < 0.05
+    else:  # sixteen windows don't tell what three frequencies have each
+        assert power_F.log().abs()[:20].max() < 1 and whiten.flat_GF[1, 10:20].std() < 0.15
+    assert torch.allclose(whiten.unsettled(flat, 1, torch.zeros(500, 64)), new, atol=1e-9)
+    assert torch.allclose(whiten.settled(new, np.zeros(500, int)), new, atol=1e-9)  # the other group has none
+    again = whitening.restore(whiten.names, whiten.tensors())
+    assert torch.equal(again.settled(new, np.ones(500, int)), flat)
+    old = {name: t for name, t in whiten.tensors().items() if name not in ("hum_GF", "flat_GF")}
+    assert whitening.restore(whiten.names, old).settled(new, np.ones(500, int)) is new
+
+
+def test_silence_and_short_windows_are_flattened_to_something_finite(fitted):
+    for x_NT in (torch.zeros(4, 256), torch.randn(3, 2), torch.randn(1, 5), torch.randn(2, 257)):
+        whiten = whitening.restore(fitted[0].names, fitted[0].tensors())
+        whiten.settle(0, x_NT, 1e-3, hum=True, flatten=True)
+        flat = whiten.settled(x_NT[:, None], np.zeros(len(x_NT), int))
+        assert flat.isfinite().all() and flat.shape == (len(x_NT), 1, x_NT.shape[1])
+
+
 def test_a_click_is_no_part_of_the_mean_spectrum():
     """One lost sample stood for a band where the machine has hardly any power, 12 dB too loud; what comes often stays."""
     x_T = torch.from_numpy(lfilter(*butter(8, 0.6), np.random.default_rng(0).standard_normal(512 * whitening.SEGMENT)))
