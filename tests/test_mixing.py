@@ -42,7 +42,9 @@ def test_windows_of_any_channels_are_uncorrelated_and_come_back():
     places = [np.arange(5), np.array([6, 2, 0, 5])]
     crosses = [mixing.covariance([x], [at], 7) for x, at in zip(signals, places, strict=True)]
     cross_GVV = torch.from_numpy(np.stack(crosses))
-    whiten = whitening.Whitening(("a", "b"), tuple("tuvwxyz"), *[torch.zeros(2, 1)] * 6, cross_GVV)
+    whiten = whitening.Whitening(
+        ("a", "b"), tuple("tuvwxyz"), *[torch.zeros(2, 1)] * 6, cross_GVV, *[torch.zeros(2, 0)] * 2
+    )
     for group, kept in ((0, [0, 1, 2, 3, 4]), (0, [4, 1]), (1, [0, 1, 2, 3]), (1, [2])):
         x_BCT = signals[group][kept][None]
         place_BC = places[group][kept][None]
