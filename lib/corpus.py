@@ -177,9 +177,9 @@ def for_strangers(
     Filters with groups for recordings that nothing was fitted on, and the groups: each unmixes its channels by its own covariance, labels unseen.
 
     What channels have in common differs from head to head by directions that one has hardly any power in: by another's matrix
-    a window would be anything but white. Nor does one machine keep the time of another: strangers have no rhythm.
+    a window would be anything but white. Nor does one machine keep the time of another: strangers have no rhythm, and no hum.
     """
-    if not strangers or not (whiten.channels or whiten.rhythm_GQ.shape[1]):
+    if not strangers or not (whiten.channels or whiten.rhythm_GQ.shape[1] or whiten.hum_GF.any()):
         return whiten, group_R
     place_RC, group_R, filters, crosses = corpus.places(whiten.channels), group_R.copy(), [], []
     for i in strangers:

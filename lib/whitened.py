@@ -18,7 +18,11 @@ from lib.errors import Unusable
 from lib.lineage import digest
 from lib.whitening import Whitening
 
-SEEN, LEAST, ALL = 512, 32, 2**14  # windows that `fit_rest` measures: most and fewest of a group, and of all together
+SEEN, LEAST, ALL = (
+    512,
+    32,
+    2**14,
+)  # windows that `fit_rest` measures: most and fewest of a group; about so many of all groups, or channels
 
 
 @dataclass
@@ -124,7 +128,8 @@ def fit_rest(target: Target, hum: bool, flatten: bool) -> None:
     groups = np.unique(group_N)
     for group in groups:
         of = np.flatnonzero(group_N == group)
-        some = np.array(even(of.tolist(), min(SEEN, max(LEAST, ALL // len(groups)))))
+        channels = max(len(target.corpus.recordings[i].names) for i in np.unique(row_N[of]))
+        some = np.array(even(of.tolist(), min(SEEN, max(LEAST, ALL // max(len(groups), channels)))))
         parts = target.read(row_N[some], start_N[some], np.arange(len(some)), 0, 64, 0, 0)
         x_NT = torch.cat([p.x1_BCT.flatten(0, 1) if p.mask_BC is None else p.x1_BCT[p.mask_BC] for p in parts])
         apart = min(len(some), len(of) * min(1, target.corpus.stride / target.corpus.samples)) * len(x_NT) / len(some)

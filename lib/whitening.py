@@ -5,7 +5,8 @@ White noise and a squared error leave a floor of noise over every band that is e
 of each group of training recordings, fitted on their continuous signals, flattens the spectrum before windows are cut, and its exact
 inverse, stable by construction, puts it back onto generated windows. The RMS of a window is divided out as well; models see its rank
 within the group instead, and generated windows get the RMS of the rank that was drawn. What channels have in common
-(lib/mixing.py) and rhythms (lib/rhythm.py) go with the filters. After training a gain per frequency, `trim`,
+(lib/mixing.py), rhythms (lib/rhythm.py), hums (lib/hums.py) and a gain that
+flattens what these leave go with the filters. After training a gain per frequency, `trim`,
 mends what is left between the mean spectra of generated and training signals. All of it is stored with the model.
 
 Signals are in the cache's model unit. Shape letters: B windows, C channels, T samples, K order, G groups, Q quantiles or rhythms, F frequencies,
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from lib import hums, mixing, regular, rhythm
 
 QUANTILES = 65  # of a group's levels: every 1.6 %
-SURE = 48  # windows x frequencies that a gain of `flatten` is the mean of, so that its power is off by 14 %
+AVERAGED = 48  # windows x frequencies that a gain of `settle` is the mean of, so that its power is off by 14 %
 EMPTY = 1e-3  # of the mean power: what a gain takes a quieter frequency for
 SEGMENT = 256  # samples of the segments that mean spectra are of
 CLICK = 10.0  # times the power at a frequency that one segment of a hundred has: what is louder is no part of the mean spectrum
@@ -134,9 +135,11 @@ class Whitening:
             self.hum_GF[group] = hums.find(x_NT, apart)
             x_NT = x_NT - hums.of(x_NT, self.hum_GF[group])
         if flatten:
-            power_F = torch.fft.rfft(x_NT.double()).abs().square().mean(0) / T
+            power_F = (
+                sum(torch.fft.rfft(x_ST.double()).abs().square().sum(0) for x_ST in x_NT.split(512)) / x_NT.numel()
+            )
             power_1F = power_F.clamp_min(EMPTY * power_F.mean().clamp_min(1e-12))[None]
-            around = min(math.ceil(SURE / apart) // 2, power_1F.shape[1] - 1)
+            around = min(math.ceil(AVERAGED / apart) // 2, power_1F.shape[1] - 1)
             smooth_1F = F.avg_pool1d(F.pad(power_1F, (around, around), mode="reflect"), 2 * around + 1, 1)
             self.flat_GF[group] = smooth_1F[0].rsqrt()
 
@@ -166,12 +169,13 @@ class Whitening:
         return root_1CC[0] @ w_NCT.double()
 
     def joined(self, groups: Sequence[int], own: Sequence[np.ndarray], crosses: Sequence[np.ndarray]) -> "Whitening":
-        """With further groups, each like one that is there but for the filters of its channels and what these have in common, and without its rhythms."""
+        """With further groups, each like one that is there but for the filters of its channels and what these have in common, and without its rhythms and hums."""
         at = torch.tensor([*range(len(self.names)), *groups])
         rows = {name: values[at] for name, values in self.tensors().items()}
         rows["own_GVK"] = torch.cat([self.own_GVK, torch.from_numpy(np.stack(own))])
         rows["cross_GVV"] = torch.cat([self.cross_GVV, torch.from_numpy(np.stack(crosses))])
         rows["rhythm_GQ"][len(self.names) :] = math.nan
+        rows["hum_GF"][len(self.names) :] = 0.0
         return restore(self.names + ("",) * len(groups), rows, self.channels)
 
     def unwhiten(self, w_CT: np.ndarray, group: int, before_CK: np.ndarray) -> np.ndarray:
@@ -253,13 +257,8 @@ class Whitening:
 
 def restore(names: Sequence[str], tensors: dict[str, torch.Tensor], channels: Sequence[str] = ()) -> Whitening:
     """A whitening from what `tensors` gave."""
-    none = {
-        "rhythm_GQ": (0,),
-        "own_GVK": (0, tensors["taps_GK"].shape[1]),
-        "cross_GVV": (0, 0),
-        "hum_GF": (0,),
-        "flat_GF": (0,),
-    }  # in older files
+    none = {name: (0,) for name in ("rhythm_GQ", "hum_GF", "flat_GF")}  # in older files
+    none |= {"own_GVK": (0, tensors["taps_GK"].shape[1]), "cross_GVV": (0, 0)}
     older = {name: torch.zeros(len(names), *shape) for name, shape in none.items()}
     own = {k: t for k, t in tensors.items() if not k.startswith("repeats.")}
     parts = {k.removeprefix("repeats."): t for k, t in tensors.items() if k not in own}

@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lib import hums
+from lib import generator, hums
+from lib.corpus import Corpus, fit_corpus, for_strangers
+from tests import recipes
+from tests.test_rhythm import RULE, TINY
+from train_flow import Config, main
 
 T = 512
+HUM = 0.0703  # cycles per sample, 36 in a window
 
 
 def sines(rng: np.random.Generator, windows: int, tones: dict[float, float], loud=1.0) -> torch.Tensor:
@@ -58,3 +63,47 @@ def test_a_hum_is_taken_off_and_one_of_another_phase_comes_back():
     assert abs(float(torch.polar(torch.ones(300), turn_N).mean().abs())) < 0.15
     still_NT = hums.drawn(torch.zeros_like(hum_F), torch.rand(3, hums.MOST), T)
     assert still_NT.shape == (3, T) and not still_NT.any()
+
+
+@pytest.fixture(scope="module")
+def humming(tmp_path_factory) -> str:
+    """A cache of half a minute of noise each of a machine with a motor beside it, and of one without."""
+    folder, rng = tmp_path_factory.mktemp("hums"), np.random.default_rng(5)
+    (folder / "source").mkdir()
+    for name, loud in (("1000_worn1", 0.4), ("1100_well1", 0.0)):
+        x_T = rng.standard_normal(60_000) + loud * np.cos(2 * np.pi * HUM * np.arange(60_000))
+        np.save(folder / "source" / f"{name}.npy", x_T[None].astype(np.float32))
+    (folder / "source" / "dataset.toml").write_text(RULE)
+    status, _, err = recipes.run("--source", folder / "source", "--cache", folder / "cache", "--workers", 1)
+    assert status == 0, err
+    return str(folder / "cache")
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_samples_of_a_machine_hum_as_steadily_as_it_does_if_hums_are_taken_off(taken, humming, tmp_path):
+    flags = TINY | dict(
+        window=T, stride=128, hold_out="time", patch=32, widths=(16, 32), rhythms=0, steps=2, hums=taken
+    )
+    told = main(Config(cache=(humming,), name=str(tmp_path / "run"), **flags))
+    net, whiten, meta = generator.load_model(told["model"])
+    loud, quiet = whiten.names.index("machine/1000_worn1.npy"), whiten.names.index("machine/1100_well1.npy")
+    assert bool(whiten.hum_GF[loud].any()) == taken
+    power = {}
+    for template in meta["templates"]:
+        drawn = generator.draw_windows(net, whiten, meta, template, np.arange(100), 0, nfe=4)
+        x_NT = torch.from_numpy(generator.in_unit(whiten, template, *drawn)[:, 0])
+        power[template["group"]] = hums.lines(x_NT)[:, round(HUM * hums.FINER * T)].abs().square().numpy()
+    assert power[loud].mean() > 5 * power[quiet].mean()
+    varies = power[loud].std() / power[loud].mean()
+    assert varies < 0.5 if taken else varies > 0.6  # the machine's own: 0.31; of noise in a narrow band up to 1
+
+
+def test_no_machine_hums_as_another_does(humming):
+    corpus = Corpus([humming], T, 8, 128, True, 0.6)
+    whiten, group_R = fit_corpus(corpus, True, 8)
+    tone_NT = sines(np.random.default_rng(6), 100, {36.0: 1.0})
+    for group in (0, 1):
+        whiten.settle(group, tone_NT, 100, hum=True, flatten=True)
+    own, own_R = for_strangers(corpus, whiten, group_R, [1], "val")
+    assert own_R.tolist() == [group_R[0], 2] and own.hum_GF.any(1).tolist() == [True, True, False]
+    assert torch.equal(own.flat_GF[2], whiten.flat_GF[group_R[1]])  # which goes with the filter

@@ -120,7 +120,7 @@ def test_what_the_filter_left_is_flattened_and_put_back(fitted, windows, channel
     whiten.settle(1, before.flatten(0, 1), windows * channels, hum=False, flatten=True)
     flat = whiten.settled(new, np.ones(500, int))
     power_F = torch.fft.rfft(flat).abs().square().mean((0, 1)) / 256
-    if windows * channels > whitening.SURE:
+    if windows * channels > whitening.AVERAGED:
         assert power_F.log().abs().max() < 0.5 and abs(float(power_F.mean()) - 1) < 0.05
     else:  # sixteen windows don't tell what three frequencies have each
         assert power_F.log().abs()[:20].max() < 1 and whiten.flat_GF[1, 10:20].std() < 0.15
