@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.attention import attend
 from lib.grid import Grid
 from lib.mamba import Scan
 
@@ -33,7 +34,7 @@ class Attend(nn.Module):
         if grid.seen_BCP is not None:
             seen_RC = grid.seen_BCP.transpose(1, 2).flatten(0, 1)
             keys = (seen_RC | ~seen_RC.any(1, keepdim=True))[:, None, None]  # nothing seen: of no effect, but not NaN
-        a_RHCW = F.scaled_dot_product_attention(q_RHCW, k_RHCW, v_RHCW, attn_mask=keys)
+        a_RHCW = attend(q_RHCW, k_RHCW, v_RHCW, keys)
         a_BPCD = a_RHCW.transpose(1, 2).flatten(2).unflatten(0, (-1, grid.patches))
         return self.out(grid.collect(a_BPCD.transpose(1, 2)))
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.attention import attend
 from lib.cache import ALIKE, rebuilt_with
 from lib.errors import Unusable
 from lib.fno import FNOBlock
@@ -211,7 +212,7 @@ class Block(nn.Module):
             k, v = F.linear(context_BKD, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, 2)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         keys = None if real_BK is None else real_BK[:, None, None, :]
-        a_BKD = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
+        a_BKD = attend(q, k, v, keys).transpose(1, 2).flatten(2)
         z_BKD = z_BKD + self.out(a_BKD)
         return z_BKD + self.narrow(F.gelu(self.wide(self.norm2(z_BKD))))
 

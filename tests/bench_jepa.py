@@ -18,6 +18,7 @@ this process only. Without them the peers' rows are left out, with a word on std
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -70,7 +71,7 @@ class Config:
     layers: int = 8  # of the transformers in the part `peers`
     width: int = 64  # of the same
     queries: int = 4  # learned electrodes of ours and LUNA
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of ours and the peers
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of ours and the peers; auto: for each the faster one
     compile: bool = False  # ours
     threads: int = 0  # 0: as many as torch takes
     folder: Path = Path(tempfile.gettempdir())  # for the cache that the profile reads, removed again
@@ -189,6 +190,14 @@ def spread(ratio_R: np.ndarray) -> str:
     return f"{np.median(ratio_R):.1f} ({ratio_R.min():.1f} – {ratio_R.max():.1f})"
 
 
+def fastest(build: Callable[[str], Callable], dtype: str) -> tuple[Callable, str]:
+    """What `build` makes of a number format, of both the one that runs faster for `auto`, and the format."""
+    made = {d: build(d) for d in (DTYPES if dtype == "auto" else [dtype])}
+    seconds = turns({d: (run, 1) for d, run in made.items()}, 2 if len(made) > 1 else 0)
+    chosen = min(made, key=lambda d: seconds[d][:, 0].min() if len(made) > 1 else 0)
+    return made[chosen], chosen
+
+
 def compare_peers(cfg: Config) -> dict:
     models, rows, results = peers(), [], {}
     for channels in cfg.channels:
@@ -203,10 +212,17 @@ def compare_peers(cfg: Config) -> dict:
             f"ours, {cfg.queries} queries": (sizes | queries, channels),
             f"ours, {FEWER} of the channels as in mini": (sizes, min(channels, FEWER)),
         }
-        variants = {
-            name: (Step(Architecture(**sizes), cfg.batch, seen, cfg.dtype, cfg.compile), cfg.batch)
-            for name, (sizes, seen) in ours.items()
-        }
+        variants, formats = {}, {}
+
+        def add(
+            name: str, windows: int, build: Callable[[str], Callable], dtype: str, variants=variants, formats=formats
+        ) -> None:
+            run, formats[name] = fastest(build, dtype)
+            variants[name] = run, windows
+
+        for name, (sizes, seen) in ours.items():
+            step = functools.partial(Step, Architecture(**sizes), cfg.batch, seen, compiled=cfg.compile)
+            add(name, cfg.batch, lambda dtype, step=step: step(dtype=dtype), cfg.dtype)
         if models:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -216,22 +232,36 @@ def compare_peers(cfg: Config) -> dict:
                 luna = models.LUNA(n_chans=channels, n_times=480, embed_dim=cfg.width, depth=cfg.layers,
                                    num_queries=cfg.queries, **described)  # fmt: skip
             windows = min(cfg.batch, 16 if channels > 100 else 64)
-            variants["SignalJEPA"] = passes(signal_jepa, torch.randn(windows, channels, 512), cfg.dtype), windows
-            variants["LUNA"] = passes(luna, torch.randn(cfg.batch, channels, 480), cfg.dtype), cfg.batch
+            jepa = functools.partial(passes, signal_jepa, torch.randn(windows, channels, 512))
+            add("SignalJEPA", windows, jepa, cfg.dtype)
+            if formats["SignalJEPA"] != "float32":
+                add("SignalJEPA in float32", windows, jepa, "float32")
+            add("LUNA", cfg.batch, functools.partial(passes, luna, torch.randn(cfg.batch, channels, 480)), cfg.dtype)
         seconds = turns(variants, cfg.rounds)
         for name, seconds_R2 in seconds.items():
             wall, cpu = np.median(seconds_R2, axis=0)
             against = {peer: seconds[peer] / seconds_R2 for peer in ("SignalJEPA", "LUNA") if peer in seconds}
-            rows.append((str(channels), name, 1 / wall, *(spread(r[:, i]) for r in against.values() for i in (0, 1))))
+            rows.append(
+                (
+                    str(channels),
+                    name,
+                    formats[name],
+                    1 / wall,
+                    *(spread(r[:, i]) for r in against.values() for i in (0, 1)),
+                )
+            )
             medians = {peer: np.median(r, axis=0).tolist() for peer, r in against.items()}
-            results[f"{channels} {name}"] = {"windows_per_s": 1 / wall, "cpu_ms": 1e3 * cpu, "ratios": medians}
+            results[f"{channels} {name}"] = {
+                "dtype": formats[name],
+                "windows_per_s": 1 / wall,
+                "cpu_ms": 1e3 * cpu,
+                "ratios": medians,
+            }
     heads = tuple(
         f"{unit} / {peer}'s" for peer in (("SignalJEPA", "LUNA") if models else ()) for unit in ("×", "×, CPU")
     )
     show(
-        f"A step of ours, passes of theirs, {cfg.layers} × {cfg.width}, {cfg.dtype}",
-        ("channels", "", "windows/s", *heads),
-        rows,
+        f"A step of ours, passes of theirs, {cfg.layers} × {cfg.width}", ("channels", "", "", "windows/s", *heads), rows
     )
     return results
 
@@ -249,25 +279,26 @@ def preset(name: str) -> Architecture:
 def share(cfg: Config) -> dict:
     """How much of the rate of a large matrix product a step reaches."""
     rows, results = [], {}
-    a_NN = torch.randn(1024, 1024).to(DTYPES[cfg.dtype])
-
-    def product() -> None:
-        for _ in range(20):
-            a_NN @ a_NN
-
     for name, batch, channels in (("mini", 64, 21), ("mini", 64, 24), ("base", 16, 21)):
-        step = Step(preset(name), batch, channels, cfg.dtype, cfg.compile)
+        own = functools.partial(Step, preset(name), batch, channels, compiled=cfg.compile)
+        step, dtype = fastest(lambda dtype, own=own: own(dtype=dtype), cfg.dtype)
+        a_NN = torch.randn(1024, 1024).to(DTYPES[dtype])
+
+        def product(a_NN: torch.Tensor = a_NN) -> None:
+            for _ in range(20):
+                a_NN @ a_NN
+
         flops = StepCost(lambda part, step=step: jepa_loss(step.model, step.teacher, part)[0], step.model)(step.part)
         seconds = turns({"step": (step, 1), "product": (product, 1)}, cfg.rounds)
         rate_R2 = flops / seconds["step"]
         share_R2 = 100 * rate_R2 / (20 * 2 * 1024**3 / seconds["product"])
         shape = f"{name}, {batch} × {channels} channels"
         rows.append(
-            (shape, flops / 1e9, np.median(rate_R2[:, 0]) / 1e9, spread(share_R2[:, 0]), spread(share_R2[:, 1]))
+            (shape, dtype, flops / 1e9, np.median(rate_R2[:, 0]) / 1e9, spread(share_R2[:, 0]), spread(share_R2[:, 1]))
         )
-        results[shape] = {"gflop": flops / 1e9, "share": np.median(share_R2, axis=0).tolist()}
-    head = ("step", "GFLOP", "GFLOP/s", "% of a large product's rate", "the same, CPU time")
-    show(f"Matrix products, {cfg.dtype}", head, rows)
+        results[shape] = {"dtype": dtype, "gflop": flops / 1e9, "share": np.median(share_R2, axis=0).tolist()}
+    head = ("step", "", "GFLOP", "GFLOP/s", "% of a large product's rate", "the same, CPU time")
+    show("Matrix products, beside a large one of the same format", head, rows)
     return results
 
 
@@ -283,10 +314,10 @@ def profile(cfg: Config) -> dict:
         def draw(step: int) -> list[Part]:
             return train_jepa.draw(windows, sampler.ids(step), np.arange(run.batch), run, 0, patch, step)
 
-        step = Step(preset("mini"), run.batch, len(TEN_TWENTY), cfg.dtype)
+        step, dtype = fastest(lambda dtype: Step(preset("mini"), run.batch, len(TEN_TWENTY), dtype), cfg.dtype)
         seconds: dict[str, list] = {}
         for turn in range(3 * cfg.rounds + 1):
-            for stage, took in stages(step, draw, turn, cfg.dtype).items():
+            for stage, took in stages(step, draw, turn, dtype).items():
                 seconds.setdefault(stage, []).append(took)
         medians = {stage: statistics.median(values[1:]) for stage, values in seconds.items()}
         loader, began = Prefetch(draw, 0, 5 * cfg.rounds), time.perf_counter()
@@ -297,7 +328,7 @@ def profile(cfg: Config) -> dict:
         loader.close()
     total = sum(medians.values())
     rows = [(stage, 1e3 * took, f"{took / total:.0%}") for stage, took in medians.items()]
-    show(f"A step of mini, {run.batch} × {len(TEN_TWENTY)} channels, {cfg.dtype}", ("", "ms", "share"), rows)
+    show(f"A step of mini, {run.batch} × {len(TEN_TWENTY)} channels, {dtype}", ("", "ms", "share"), rows)
     print(f"\nWaiting for windows that a thread reads ahead: {wait:.1%} of the time")
     return {"ms": {stage: 1e3 * took for stage, took in medians.items()}, "loader_wait": wait}
 
