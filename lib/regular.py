@@ -19,8 +19,11 @@ import torch
 from lib.rhythm import FEWEST_CYCLES, HARMONICS, HIGHEST, SIDEBANDS, envelope
 
 FINE, COARSE = 512, 32  # phases that are tried of either
+CLEAR = 4  # sidebands that choose among them: those further out are too weak to, but sharpen what was chosen
+NEARER, TRIED = (1.0, 0.25), 9  # how far around it is looked then, of the distance of two phases, and at how many
 NEAR, NEARBY = 0.02, 41  # turns that a phase differs at most from one hop to the next, and how many are tried
-PASSES = 3
+PASSES, SHARPER = 3, 2  # of phases given the mean and the mean given phases, first by the clear sidebands, then by all
+SHARES = 2  # times that what is left is given to orders whose frequencies are nearly the same
 QUIET = 0.1  # what lines of the envelope count beside those of the signal, whose phases are finer
 MOST_WINDOWS = 1024
 SOME = 16  # windows at a time, so that their carriers stay in the cache
@@ -40,7 +43,8 @@ class Regular:
     ) -> torch.Tensor:
         """Where windows are in their group's turns (B, Q), of greatest likelihood for Gaussian noise around the mean lines; else `else_BQ`."""
         at = torch.from_numpy(group_B)
-        turn_BQ = _likeliest(lines(x_BT, rhythm_BQ), self.mean_GKMN[at], self.weight_GKMN[at], rhythm_BQ)
+        line_BKMN = lines(x_BT, rhythm_BQ, self.mean_GKMN.shape[3] // 2)
+        turn_BQ = _likeliest(line_BKMN, self.mean_GKMN[at], self.weight_GKMN[at], rhythm_BQ)
         return torch.where((self.weight_GKMN[at].amax((1, 2, 3)) > 0)[:, None], turn_BQ.to(else_BQ), else_BQ)
 
     def wave(self, rhythm_BQ2: torch.Tensor, group_B: np.ndarray, samples: int) -> torch.Tensor:
@@ -49,25 +53,28 @@ class Regular:
         return torch.cat([self._wave(rhythm_SQ2, at_S, samples) for rhythm_SQ2, at_S in rows])
 
     def _wave(self, rhythm_BQ2: torch.Tensor, at_B: torch.Tensor, samples: int) -> torch.Tensor:
-        low_BMT, high_BNT = _carriers(rhythm_BQ2[:, :, 0], samples, rhythm_BQ2[:, :, 1])
+        sides = self.wave_GMN.shape[2] // 2
+        low_BMT, high_BNT = _carriers(rhythm_BQ2[:, :, 0], samples, sides, rhythm_BQ2[:, :, 1])
         side_BMT = self.wave_GMN[at_B].to(low_BMT.dtype) @ high_BNT
         known_B1 = rhythm_BQ2[:, :1, :].isfinite().all(2)
         return 2 * (side_BMT.real * low_BMT.real - side_BMT.imag * low_BMT.imag).sum(1) * known_B1
 
 
-def lines(x_BT: torch.Tensor, rhythm_BQ: torch.Tensor) -> torch.Tensor:
-    """Signal and envelope of windows at the sums of two rhythms' harmonics, tapered, complex (B, 2, M, N)."""
-    loud_BT = envelope(x_BT[:, None])
-    both_BKT = torch.stack([x_BT, loud_BT - loud_BT.mean(1, keepdim=True)], 1)
+def lines(x_BT: torch.Tensor, rhythm_BQ: torch.Tensor, sides: int, loud: bool = True) -> torch.Tensor:
+    """Signal and, unless it isn't `loud`, envelope of windows at the sums of two rhythms' harmonics, tapered, complex (B, K, M, N)."""
+    both_BKT = x_BT[:, None]
+    if loud:
+        loud_BT = envelope(x_BT[:, None])
+        both_BKT = torch.stack([x_BT, loud_BT - loud_BT.mean(1, keepdim=True)], 1)
     both_BKT = both_BKT * torch.hann_window(x_BT.shape[1], dtype=x_BT.dtype)
-    low_BMT, high_BNT = _carriers(-rhythm_BQ, x_BT.shape[1])
+    low_BMT, high_BNT = _carriers(-rhythm_BQ, x_BT.shape[1], sides)
     return torch.einsum("bknt,bmt->bkmn", both_BKT[:, :, None] * high_BNT[:, None], low_BMT)
 
 
 def _carriers(
-    hz_BQ: torch.Tensor, samples: int, turn_BQ: torch.Tensor | None = None
+    hz_BQ: torch.Tensor, samples: int, sides: int, turn_BQ: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(2 pi i (frequency x time + phase)) to the powers 0 … HARMONICS of the first rhythm and -SIDEBANDS … SIDEBANDS of the second, complex64."""
+    """exp(2 pi i (frequency x time + phase)) to the powers 0 … HARMONICS of the first rhythm and -sides … sides of the second, complex64."""
     at_T = torch.arange(samples, dtype=torch.float64) + 0.5 - samples / 2
     angle_BQT = hz_BQ.double()[:, :, None] * at_T + (0.0 if turn_BQ is None else turn_BQ.double()[:, :, None])
     first_B1T, second_B1T = torch.nn.functional.pad(angle_BQT.nan_to_num(), (0, 0, 0, 2 - hz_BQ.shape[1])).split(1, 1)
@@ -79,12 +86,12 @@ def _carriers(
     step = 1 + math.isqrt(HARMONICS)  # sines of a few orders, and products for the others
     ones_BMT, steps_BMT = (power(first_B1T, torch.arange(step) * k) for k in (1, step))
     low_BMT = (steps_BMT[:, :, None] * ones_BMT[:, None]).flatten(1, 2)[:, : HARMONICS + 1]
-    return low_BMT, power(second_B1T, torch.arange(-SIDEBANDS, SIDEBANDS + 1))
+    return low_BMT, power(second_B1T, torch.arange(-sides, sides + 1))
 
 
-def _turned(turn_BQ: torch.Tensor) -> torch.Tensor:
+def _turned(turn_BQ: torch.Tensor, sides: int = SIDEBANDS) -> torch.Tensor:
     """What lines of windows at these phases are turned by, complex (B, 1, M, N)."""
-    order_M, order_N = torch.arange(HARMONICS + 1.0), torch.arange(-SIDEBANDS, SIDEBANDS + 1.0)
+    order_M, order_N = torch.arange(HARMONICS + 1.0), torch.arange(-sides, sides + 1.0)
     turn_B2 = torch.nn.functional.pad(turn_BQ.nan_to_num().float(), (0, 2 - turn_BQ.shape[1]))
     angle_BMN = order_M[:, None] * turn_B2[:, 0, None, None] + order_N * turn_B2[:, 1, None, None]
     return torch.polar(torch.ones_like(angle_BMN), 2 * math.pi * angle_BMN)[:, None]
@@ -100,12 +107,34 @@ def nothing() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def _likeliest(line_BKMN, mean_BKMN, weight_BKMN, rhythm_BQ: torch.Tensor) -> torch.Tensor:
     """Phases (B, Q) at which lines are most alike the mean: the likelihood at all of them is one Fourier transform."""
     alike_BMN = (line_BKMN * mean_BKMN.conj() * weight_BKMN).sum(1).to(torch.complex64)
+    sides, order_N = alike_BMN.shape[2] // 2, torch.arange(-CLEAR, CLEAR + 1)
     sides_BMC = alike_BMN.new_zeros(*alike_BMN.shape[:2], COARSE)
-    sides_BMC[:, :, torch.arange(-SIDEBANDS, SIDEBANDS + 1)] = alike_BMN
+    sides_BMC[:, :, order_N] = alike_BMN[:, :, sides + order_N]
     parts = (torch.fft.fft(part_SMC, FINE, dim=1).real for part_SMC in torch.fft.fft(sides_BMC).split(SOME))
     best_B = torch.cat([part_SFC.flatten(1).argmax(1) for part_SFC in parts])
     turn_BQ = torch.stack([best_B // COARSE / FINE, best_B % COARSE / COARSE], 1)[:, : rhythm_BQ.shape[1]]
+    fine_B = (weight_BKMN * _outer(sides)).amax((1, 2, 3)) > 0
+    if fine_B.any():
+        turn_BQ = torch.where(fine_B[:, None], _sharpened(turn_BQ, alike_BMN), turn_BQ)
     return torch.where(rhythm_BQ.isfinite(), (turn_BQ + 0.5) % 1 - 0.5, math.nan)
+
+
+def _outer(sides: int) -> torch.Tensor:
+    """Which sidebands are further out than the clear ones (N)."""
+    return torch.arange(-sides, sides + 1).abs() > CLEAR
+
+
+def _sharpened(turn_BQ: torch.Tensor, alike_BMN: torch.Tensor) -> torch.Tensor:
+    """Phases near these at which lines are most alike the mean, one rhythm after the other."""
+    sides, turn_BQ = alike_BMN.shape[2] // 2, turn_BQ.clone()
+    orders = (torch.arange(HARMONICS + 1.0), torch.arange(-sides, sides + 1.0))
+    for part in NEARER:
+        for q in reversed(range(turn_BQ.shape[1])):
+            near_G = torch.linspace(-part, part, TRIED) / (FINE, COARSE)[q]
+            apart_XG = torch.polar(torch.ones(len(orders[q]), TRIED), -2 * math.pi * orders[q][:, None] * near_G)
+            own_BX = (alike_BMN * _turned(turn_BQ, sides)[:, 0].conj()).sum(2 - q)
+            turn_BQ[:, q] += near_G[(own_BX @ apart_XG).real.argmax(1)]
+    return turn_BQ
 
 
 def learn(
@@ -115,30 +144,52 @@ def learn(
     Mean (2, M, N), weight and wave (M, N) of a signal's windows, each `hop` samples after the one before, whose rhythms are known, and the share of the power that the wave is.
 
     Phases are followed from window to window first, so that high harmonics, which a slowly drifting machine blurs within a second, stay sharp.
+    Sidebands far out sharpen them, or mislead: whichever leaves less of the signal is taken.
     """
     hz_Q = torch.from_numpy(rhythm_Q)
     rhythm_NQ = hz_Q.expand(len(x_NT), -1)
-    line_NKMN = torch.cat([lines(x_ST, hz_Q[None]) for x_ST in x_NT.split(SOME)])
-    counts_KMN = _orders(hz_Q, x_NT.shape[1])
-    weight_KMN = counts_KMN / (line_NKMN.abs().square().mean(0) + 1e-12)
-    turn_NQ = _followed(line_NKMN, weight_KMN, hz_Q, hop)
-    hop_share = x_NT.shape[1] / hop
-    for i in range(PASSES + 1):
-        turned_NKMN = line_NKMN * _turned(turn_NQ).conj()
-        mean_KMN = turned_NKMN.mean(0)
-        spread_KMN = turned_NKMN.abs().square().mean(0) - mean_KMN.abs().square()
-        error_KMN = spread_KMN * hop_share / len(x_NT)  # of the mean, as windows overlap
-        sure_KMN = (1 - error_KMN / (mean_KMN.abs().square() + 1e-12)).clamp(0, 1)
-        mean_KMN, weight_KMN = mean_KMN * sure_KMN, counts_KMN / (spread_KMN + 1e-12)
-        if i < PASSES:
-            turn_NQ = _likeliest(line_NKMN, mean_KMN[None], weight_KMN[None], rhythm_NQ)
-    wave_MN = mean_KMN[0] * (counts_KMN[0] > 0) / (0.5 * x_NT.shape[1])  # phases that come and go keep orders apart
-    found = Regular(mean_KMN[None], weight_KMN[None], wave_MN[None])
-    everyone_N = np.zeros(len(x_NT), np.int64)
-    own_NT = found.wave(torch.stack([rhythm_NQ, turn_NQ], 2), everyone_N, x_NT.shape[1])
-    share = float(((x_NT * own_NT).sum() / (own_NT.square().sum() + 1e-12)).clamp(0, 1))
-    left = float((x_NT - share * own_NT).square().sum() / (x_NT.square().sum() + 1e-12))
-    return (mean_KMN, weight_KMN, share * wave_MN), 1 - left
+    line_NKMN = torch.cat([lines(x_ST, hz_Q[None], SIDEBANDS) for x_ST in x_NT.split(SOME)])
+    all_KMN = _orders(hz_Q, x_NT.shape[1])
+    clear_KMN = all_KMN * ~_outer(SIDEBANDS)
+    turn_NQ = _followed(line_NKMN, clear_KMN / (line_NKMN.abs().square().mean(0) + 1e-12), hz_Q, hop)
+    hops = x_NT.shape[1] / hop / len(x_NT)
+    found = []
+    for counts_KMN, passes in ((clear_KMN, PASSES), (all_KMN, SHARPER))[: 1 + bool((all_KMN != clear_KMN).any())]:
+        for _ in range(passes):
+            tables = _mean(line_NKMN * _turned(turn_NQ).conj(), counts_KMN, hops)
+            turn_NQ = _likeliest(line_NKMN, *(t[None] for t in tables), rhythm_NQ)
+        tables = _mean(line_NKMN * _turned(turn_NQ).conj(), counts_KMN, hops)
+        wave_MN, share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, all_KMN[:1], hops)
+        found.append(((*tables, wave_MN), share))
+    return max(found, key=lambda f: f[1])
+
+
+def _mean(turned_NKMN: torch.Tensor, counts_KMN: torch.Tensor, hops: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean lines, the less the less sure they are, and their weights; of windows of which a share `hops` is independent."""
+    mean_KMN = turned_NKMN.mean(0)
+    spread_KMN = turned_NKMN.abs().square().mean(0) - mean_KMN.abs().square()
+    sure_KMN = (1 - spread_KMN * hops / (mean_KMN.abs().square() + 1e-12)).clamp(0, 1)
+    return mean_KMN * sure_KMN, counts_KMN / (spread_KMN + 1e-12)
+
+
+def _wave_of(x_NT, line_N1MN, rhythm_NQ, turn_NQ, counts_1MN, hops: float) -> tuple[torch.Tensor, float]:
+    """
+    The wave (M, N) that windows of these lines and phases repeat, and the share of their power that it is.
+
+    Orders whose frequencies a window can't tell apart hear each other. Over many windows phases that come and go keep them apart, those that don't
+    are counted twice: so a wave is what all orders explain of what is left, over and over, as far as it makes less of it (Landweber 1951).
+    """
+    both_NQ2, everyone_N = torch.stack([rhythm_NQ, turn_NQ], 2), np.zeros(len(x_NT), np.int64)
+    turned_N1MN, left_NT, wave_MN = _turned(turn_NQ).conj(), x_NT, torch.zeros(())
+    for i in range(SHARES):
+        if i:
+            line_N1MN = torch.cat([lines(x_ST, rhythm_NQ[:1], SIDEBANDS, False) for x_ST in left_NT.split(SOME)])
+        mean_1MN, _ = _mean(line_N1MN * turned_N1MN, counts_1MN, hops)
+        step_1MN = mean_1MN * (counts_1MN > 0) / (0.5 * x_NT.shape[1])
+        own_NT = Regular(mean_1MN, counts_1MN, step_1MN).wave(both_NQ2, everyone_N, x_NT.shape[1])
+        part = float(((left_NT * own_NT).sum() / (own_NT.square().sum() + 1e-12)).clamp(0, 1))
+        left_NT, wave_MN = left_NT - part * own_NT, wave_MN + part * step_1MN[0]
+    return wave_MN, 1 - float(left_NT.square().sum() / (x_NT.square().sum() + 1e-12))
 
 
 def _orders(hz_Q: torch.Tensor, samples: int) -> torch.Tensor:

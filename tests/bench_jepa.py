@@ -8,7 +8,7 @@ What pretraining is judged by: a whole step against the peers' forward and backw
 Ours is one step of train_jepa.py (teacher, context, predictor, loss, backward pass, clipping, AdamW, moving average), masks drawn anew
 each time. The peers are braindecode's SignalJEPA and LUNA, in training mode, forward and backward pass alone: it ships no pretraining.
 Each at its own patching: 4 s are 4 tokens per channel at 100 Hz for ours, 3 at 128 Hz for SignalJEPA, 12 at 128 Hz for LUNA. Depth,
-width and, with the perceiver, queries are equal. Where 64 windows at a time would take SignalJEPA 15 GB, it gets 16.
+width and, with the perceiver, queries are equal. Each runs in the number format that it is fastest in, unless `--dtype` says which. Where 64 windows at a time would take SignalJEPA 15 GB, it gets 16.
 
 Prints tables and, last, one JSON line. Variants take turns; ratios are of two neighbours in time, in wall time and in CPU time, which a busy
 machine disturbs less: median (lowest – highest). Needs `pip install --no-deps braindecode` and what it imports (skorch, mne_bids,

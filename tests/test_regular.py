@@ -13,17 +13,23 @@ SAMPLES, HOP = 1024, 128
 
 
 def machine(
-    rng: np.random.Generator, samples: int = 40_000, noise: float = 0.5, drift: float = 1e-3
+    rng: np.random.Generator,
+    samples: int = 40_000,
+    noise: float = 0.5,
+    drift: float = 1e-3,
+    shaft: float = SHAFT,
+    narrow: float = 0.0,
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """
     A signal (1, T) that rings at every blow, the louder the higher the shaft stands, in noise, without the noise, and its blows in turns (T).
 
-    Its speed drifts by a share `drift`, slowly.
+    Its speed drifts by a share `drift`, slowly. With `narrow` it is loud only near one place of the shaft's turn.
     """
     t = np.arange(samples)
     turn = BLOWS * (t + drift * samples / 12 * np.sin(2 * np.pi * 2 * t / samples))
     since = (turn % 1) / BLOWS
-    clean = np.exp(-since / 12) * np.sin(0.9 * since) * (1 + 0.5 * np.cos(2 * np.pi * turn * SHAFT / BLOWS))
+    place = np.cos(2 * np.pi * turn * shaft / BLOWS)
+    clean = np.exp(-since / 12) * np.sin(0.9 * since) * (np.exp(narrow * (place - 1)) if narrow else 1 + 0.5 * place)
     clean = clean / clean.std()
     return torch.from_numpy(clean + noise * rng.standard_normal(samples))[None].float(), clean, turn
 
@@ -59,6 +65,43 @@ def test_a_machine_that_drifts_is_as_sharp_as_one_that_does_not():
         (*_, wave_MN), _ = regular.learn(x_NT, HOP, np.array([BLOWS, SHAFT]))
         shares.append(float(2 * wave_MN.abs().square().sum()))  # power of a sum of sinusoids
     assert 0.85 < shares[0] < 1.05 and shares[1] > 0.9 * shares[0]
+
+
+def test_sidebands_far_out_are_part_of_the_wave():
+    rng, hz_Q = np.random.default_rng(6), np.array([BLOWS, SHAFT])
+    found, share = regular.learn(windows(machine(rng, narrow=40.0)[0]), HOP, hz_Q)
+    power_MN, outer_N = found[2].abs().square(), regular._outer(regular.SIDEBANDS)
+    assert share > 0.6 and power_MN[:, outer_N].sum() > 0.2 * power_MN.sum()
+    x_1T, clean_T, _ = machine(rng, narrow=40.0)
+    x_NT, clean_NT = windows(x_1T, 777), windows(clean_T, 777)
+    hz_NQ, group_N, left = torch.from_numpy(hz_Q).expand(len(x_NT), -1), np.zeros(len(x_NT), int), []
+    for sides in (regular.SIDEBANDS, regular.CLEAR):  # the second: tables as wide as in files of versions before
+        part = slice(regular.SIDEBANDS - sides, regular.SIDEBANDS + sides + 1)
+        some = regular.Regular(*(t[None][..., part].contiguous() for t in found))
+        turn_NQ = some.phases(x_NT, hz_NQ, group_N, torch.full((len(x_NT), 2), math.nan))
+        own_NT = some.wave(torch.stack([hz_NQ, turn_NQ], 2), group_N, SAMPLES)
+        left.append(float((clean_NT - own_NT).square().mean() / clean_NT.square().mean()))
+    assert left[0] < 0.25 and left[0] < 0.7 * left[1]
+
+
+@pytest.mark.parametrize("sides", [regular.SIDEBANDS, regular.CLEAR])
+def test_phases_lie_between_those_that_are_tried_first_only_if_sidebands_far_out_count(sides):
+    true_NQ = torch.rand(50, 2, generator=torch.Generator().manual_seed(0)) - 0.5
+    mean_KMN = torch.randn(1, regular.HARMONICS + 1, 2 * sides + 1, dtype=torch.complex64)
+    line_NKMN = mean_KMN * regular._turned(true_NQ, sides)
+    turn_NQ = regular._likeliest(line_NKMN, mean_KMN[None], torch.ones(1, *mean_KMN.shape), true_NQ)
+    apart_NQ = (turn_NQ - true_NQ + 0.5) % 1 - 0.5
+    steps_Q = torch.tensor([1 / regular.FINE, 1 / regular.COARSE])
+    assert (apart_NQ.abs() <= steps_Q * (0.05 if sides > regular.CLEAR else 0.55)).all()
+    assert (apart_NQ.abs() > 0.2 * steps_Q).any() == (sides == regular.CLEAR)
+
+
+def test_orders_of_one_frequency_share_what_they_explain(monkeypatch):
+    x_NT, shares = windows(machine(np.random.default_rng(7), shaft=BLOWS / 3.5, noise=0.2, narrow=40.0)[0]), []
+    for times in (1, 2):  # orders (m, n) and (m + 2, n - 7) are one, always in the same phase
+        monkeypatch.setattr(regular, "SHARES", times)
+        shares.append(regular.learn(x_NT, HOP, np.array([BLOWS, BLOWS / 3.5]))[1])
+    assert shares[0] + 0.02 < shares[1]
 
 
 def test_one_rhythm_is_enough_and_noise_repeats_next_to_nothing():
