@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 CACHED = 2**20  # scores that are made at a time
 MOST = 2**26  # that are kept for the backward pass; the fused kernel keeps none
+MULTIPLIED = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # by this CPU
 
 
 def attend(
@@ -33,7 +34,7 @@ def attend(
         q_BHQW.device.type != "cpu"
         or q_BHQW.dtype != torch.bfloat16
         or q_BHQW.shape[0] * scores > MOST
-        or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        or not MULTIPLIED
     ):
         return F.scaled_dot_product_attention(q_BHQW, k_BHKW, v_BHKW, attn_mask=keys, scale=scale)
     q_BHQW = q_BHQW * (q_BHQW.shape[3] ** -0.5 if scale is None else scale)

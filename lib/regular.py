@@ -23,7 +23,8 @@ CLEAR = 4  # sidebands that choose among them: those further out are too weak to
 NEARER, TRIED = (1.0, 0.25), 9  # how far around it is looked then, of the distance of two phases, and at how many
 NEAR, NEARBY = 0.02, 41  # turns that a phase differs at most from one hop to the next, and how many are tried
 PASSES, SHARPER = 3, 2  # of phases given the mean and the mean given phases, first by the clear sidebands, then by all
-SHARES = 2  # times that what is left is given to orders whose frequencies are nearly the same
+SHARED = 2  # times that what is left is given to orders, of which some of all have nearly the same frequencies
+WIDER = 0.05  # of the power: what all sidebands must explain more than the clear ones, or they are noise in the wave
 QUIET = 0.1  # what lines of the envelope count beside those of the signal, whose phases are finer
 MOST_WINDOWS = 1024
 SOME = 16  # windows at a time, so that their carriers stay in the cache
@@ -144,7 +145,7 @@ def learn(
     Mean (2, M, N), weight and wave (M, N) of a signal's windows, each `hop` samples after the one before, whose rhythms are known, and the share of the power that the wave is.
 
     Phases are followed from window to window first, so that high harmonics, which a slowly drifting machine blurs within a second, stay sharp.
-    Sidebands far out sharpen them, or mislead: whichever leaves less of the signal is taken.
+    Sidebands far out are taken where they explain clearly more, and sharpen phases where that leaves less of the signal.
     """
     hz_Q = torch.from_numpy(rhythm_Q)
     rhythm_NQ = hz_Q.expand(len(x_NT), -1)
@@ -153,15 +154,24 @@ def learn(
     clear_KMN = all_KMN * ~_outer(SIDEBANDS)
     turn_NQ = _followed(line_NKMN, clear_KMN / (line_NKMN.abs().square().mean(0) + 1e-12), hz_Q, hop)
     hops = x_NT.shape[1] / hop / len(x_NT)
-    found = []
-    for counts_KMN, passes in ((clear_KMN, PASSES), (all_KMN, SHARPER))[: 1 + bool((all_KMN != clear_KMN).any())]:
+    for _ in range(PASSES):
+        tables = _mean(line_NKMN * _turned(turn_NQ).conj(), clear_KMN, hops)
+        turn_NQ = _likeliest(line_NKMN, *(t[None] for t in tables), rhythm_NQ)
+    tables = _mean(line_NKMN * _turned(turn_NQ).conj(), clear_KMN, hops)
+    wave_MN, share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, clear_KMN[:1], hops, 1)
+    found = ((*tables, wave_MN), share)
+    if (all_KMN == clear_KMN).all():
+        return found
+    for passes in (0, SHARPER):
         for _ in range(passes):
-            tables = _mean(line_NKMN * _turned(turn_NQ).conj(), counts_KMN, hops)
+            tables = _mean(line_NKMN * _turned(turn_NQ).conj(), all_KMN, hops)
             turn_NQ = _likeliest(line_NKMN, *(t[None] for t in tables), rhythm_NQ)
-        tables = _mean(line_NKMN * _turned(turn_NQ).conj(), counts_KMN, hops)
-        wave_MN, share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, all_KMN[:1], hops)
-        found.append(((*tables, wave_MN), share))
-    return max(found, key=lambda f: f[1])
+        if passes:
+            tables = _mean(line_NKMN * _turned(turn_NQ).conj(), all_KMN, hops)
+        wave_MN, own_share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, all_KMN[:1], hops, SHARED)
+        if own_share > max(share + WIDER, found[1]):
+            found = ((*tables, wave_MN), own_share)
+    return found
 
 
 def _mean(turned_NKMN: torch.Tensor, counts_KMN: torch.Tensor, hops: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +182,7 @@ def _mean(turned_NKMN: torch.Tensor, counts_KMN: torch.Tensor, hops: float) -> t
     return mean_KMN * sure_KMN, counts_KMN / (spread_KMN + 1e-12)
 
 
-def _wave_of(x_NT, line_N1MN, rhythm_NQ, turn_NQ, counts_1MN, hops: float) -> tuple[torch.Tensor, float]:
+def _wave_of(x_NT, line_N1MN, rhythm_NQ, turn_NQ, counts_1MN, hops: float, times: int):
     """
     The wave (M, N) that windows of these lines and phases repeat, and the share of their power that it is.
 
@@ -181,7 +191,7 @@ def _wave_of(x_NT, line_N1MN, rhythm_NQ, turn_NQ, counts_1MN, hops: float) -> tu
     """
     both_NQ2, everyone_N = torch.stack([rhythm_NQ, turn_NQ], 2), np.zeros(len(x_NT), np.int64)
     turned_N1MN, left_NT, wave_MN = _turned(turn_NQ).conj(), x_NT, torch.zeros(())
-    for i in range(SHARES):
+    for i in range(times):
         if i:
             line_N1MN = torch.cat([lines(x_ST, rhythm_NQ[:1], SIDEBANDS, False) for x_ST in left_NT.split(SOME)])
         mean_1MN, _ = _mean(line_N1MN * turned_N1MN, counts_1MN, hops)

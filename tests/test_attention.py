@@ -23,6 +23,12 @@ def results(way, tensors, dtype: torch.dtype, **more) -> list[torch.Tensor]:
     return [x.detach().double() for x in (out, *(leaf.grad for leaf in leaves))]
 
 
+@pytest.fixture(autouse=True)
+def by_parts(monkeypatch):
+    """On CPUs that don't multiply bfloat16, too, only slowly."""
+    monkeypatch.setattr(attention, "MULTIPLIED", True)
+
+
 @pytest.mark.parametrize("cached", [1, 4000, 2**20], ids=["one by one", "some", "all at once"])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1, 8), (5, 2, 7, 7, 32), (3, 4, 1, 19, 16), (4, 2, 33, 5, 32), (0, 2, 4, 4, 8)]
@@ -48,10 +54,21 @@ def test_hidden_keys_are_of_no_effect():
     assert torch.equal(attend(q, k, v, keys), attend(q, k2, v2, keys))
 
 
+def test_the_compiler_takes_it_as_one_graph():
+    q, k, v, _ = (x.bfloat16() for x in inputs(3, 2, 5, 6, 8))
+    keys = torch.tensor([True, True, False, True, False, True])[None, None, None]
+    traced = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(q, k, v, keys), attend(q, k, v, keys))
+
+
 def test_float32_and_long_windows_are_the_fused_kernels(monkeypatch):
     tensors = inputs(2, 2, 9, 9, 8)
     q, k, v = (x.float() for x in tensors[:3])
     assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    monkeypatch.setattr(attention, "MULTIPLIED", False)
+    q, k, v = (x.bfloat16() for x in tensors[:3])
+    assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    monkeypatch.setattr(attention, "MULTIPLIED", True)
     monkeypatch.setattr(attention, "MOST", 1)  # what the backward pass would keep of them is memory
     q, k, v = (x.bfloat16() for x in tensors[:3])
     assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))

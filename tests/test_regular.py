@@ -99,7 +99,7 @@ def test_phases_lie_between_those_that_are_tried_first_only_if_sidebands_far_out
 def test_orders_of_one_frequency_share_what_they_explain(monkeypatch):
     x_NT, shares = windows(machine(np.random.default_rng(7), shaft=BLOWS / 3.5, noise=0.2, narrow=40.0)[0]), []
     for times in (1, 2):  # orders (m, n) and (m + 2, n - 7) are one, always in the same phase
-        monkeypatch.setattr(regular, "SHARES", times)
+        monkeypatch.setattr(regular, "SHARED", times)
         shares.append(regular.learn(x_NT, HOP, np.array([BLOWS, BLOWS / 3.5]))[1])
     assert shares[0] + 0.02 < shares[1]
 
