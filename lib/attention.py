@@ -27,7 +27,7 @@ def attend(
     """
     softmax(q kᵀ · scale) v (B, H, Q, W), equation 1 of Vaswani (2017); scale is 1 / √W unless given.
 
-    `keys` broadcasts to (B, H, Q, K) and is True where a key may be attended to, which for every query must be one at least.
+    `keys` broadcasts to (B, H, Q, K) and is True where a key may be attended to; what a query without any finds is finite and means nothing.
     """
     scores = q_BHQW.shape[1] * q_BHQW.shape[2] * k_BHKW.shape[2]
     if (
@@ -38,7 +38,7 @@ def attend(
     ):
         return F.scaled_dot_product_attention(q_BHQW, k_BHKW, v_BHKW, attn_mask=keys, scale=scale)
     q_BHQW = q_BHQW * (q_BHQW.shape[3] ** -0.5 if scale is None else scale)
-    some = max(1, CACHED // scores)
+    some = max(1, CACHED // max(1, scores))
     masks = itertools.repeat(None) if keys is None else keys.expand(len(q_BHQW), *keys.shape[1:]).split(some)
     parts = zip(q_BHQW.split(some), k_BHKW.split(some), v_BHKW.split(some), masks, strict=False)
     return torch.cat([_plain(*part) for part in parts])
@@ -47,5 +47,5 @@ def attend(
 def _plain(q_BHQW, k_BHKW, v_BHKW, keys: torch.Tensor | None) -> torch.Tensor:
     score_BHQK = q_BHQW @ k_BHKW.transpose(2, 3)
     if keys is not None:
-        score_BHQK = score_BHQK.masked_fill(~keys, -torch.inf)
+        score_BHQK = score_BHQK.masked_fill(~keys, torch.finfo(score_BHQK.dtype).min)  # -inf: NaN where all are hidden
     return score_BHQK.softmax(3) @ v_BHKW

@@ -54,6 +54,17 @@ def test_hidden_keys_are_of_no_effect():
     assert torch.equal(attend(q, k, v, keys), attend(q, k2, v2, keys))
 
 
+def test_a_window_without_any_key_spoils_nothing():
+    q, k, v, _ = (x.bfloat16().requires_grad_() for x in inputs(2, 2, 5, 6, 8))
+    keys = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    keys[1] = False
+    out = attend(q, k, v, keys)
+    out.float().square().sum().backward()
+    assert out.isfinite().all() and torch.equal(out[:1], attend(q[:1], k[:1], v[:1], keys[:1]))
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    assert attend(q[:, :, :0], k, v).shape == (2, 2, 0, 8)
+
+
 def test_the_compiler_takes_it_as_one_graph():
     q, k, v, _ = (x.bfloat16() for x in inputs(3, 2, 5, 6, 8))
     keys = torch.tensor([True, True, False, True, False, True])[None, None, None]
