@@ -18,14 +18,10 @@ MULTIPLIED = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldn
 
 
 def attend(
-    q_BHQW: torch.Tensor,
-    k_BHKW: torch.Tensor,
-    v_BHKW: torch.Tensor,
-    keys: torch.Tensor | None = None,
-    scale: float | None = None,
+    q_BHQW: torch.Tensor, k_BHKW: torch.Tensor, v_BHKW: torch.Tensor, keys: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    softmax(q kᵀ · scale) v (B, H, Q, W), equation 1 of Vaswani (2017); scale is 1 / √W unless given.
+    softmax(q kᵀ / √W) v (B, H, Q, W), equation 1 of Vaswani (2017).
 
     `keys` broadcasts to (B, H, Q, K) and is True where a key may be attended to; what a query without any finds is finite and means nothing.
     """
@@ -36,8 +32,8 @@ def attend(
         or q_BHQW.shape[0] * scores > MOST
         or not MULTIPLIED
     ):
-        return F.scaled_dot_product_attention(q_BHQW, k_BHKW, v_BHKW, attn_mask=keys, scale=scale)
-    q_BHQW = q_BHQW * (q_BHQW.shape[3] ** -0.5 if scale is None else scale)
+        return F.scaled_dot_product_attention(q_BHQW, k_BHKW, v_BHKW, attn_mask=keys)
+    q_BHQW = q_BHQW * q_BHQW.shape[3] ** -0.5
     some = max(1, CACHED // max(1, scores))
     masks = itertools.repeat(None) if keys is None else keys.expand(len(q_BHQW), *keys.shape[1:]).split(some)
     parts = zip(q_BHQW.split(some), k_BHKW.split(some), v_BHKW.split(some), masks, strict=False)

@@ -23,7 +23,7 @@ CLEAR = 4  # sidebands that choose among them: those further out are too weak to
 NEARER, TRIED = (1.0, 0.25), 9  # how far around it is looked then, of the distance of two phases, and at how many
 NEAR, NEARBY = 0.02, 41  # turns that a phase differs at most from one hop to the next, and how many are tried
 PASSES, SHARPER = 3, 2  # of phases given the mean and the mean given phases, first by the clear sidebands, then by all
-SHARED = 2  # times that what is left is given to orders, of which some of all have nearly the same frequencies
+SHARED = 2  # times that all orders are given what is left: some have nearly the same frequency
 WIDER = 0.05  # of the power: what all sidebands must explain more than the clear ones, or they are noise in the wave
 QUIET = 0.1  # what lines of the envelope count beside those of the signal, whose phases are finer
 MOST_WINDOWS = 1024
@@ -154,24 +154,25 @@ def learn(
     clear_KMN = all_KMN * ~_outer(SIDEBANDS)
     turn_NQ = _followed(line_NKMN, clear_KMN / (line_NKMN.abs().square().mean(0) + 1e-12), hz_Q, hop)
     hops = x_NT.shape[1] / hop / len(x_NT)
-    for _ in range(PASSES):
-        tables = _mean(line_NKMN * _turned(turn_NQ).conj(), clear_KMN, hops)
-        turn_NQ = _likeliest(line_NKMN, *(t[None] for t in tables), rhythm_NQ)
-    tables = _mean(line_NKMN * _turned(turn_NQ).conj(), clear_KMN, hops)
-    wave_MN, share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, clear_KMN[:1], hops, 1)
-    found = ((*tables, wave_MN), share)
+
+    def settled(turn_NQ: torch.Tensor, counts_KMN: torch.Tensor, passes: int) -> tuple[torch.Tensor, tuple]:
+        tables = _mean(line_NKMN * _turned(turn_NQ).conj(), counts_KMN, hops)
+        for _ in range(passes):
+            turn_NQ = _likeliest(line_NKMN, *(t[None] for t in tables), rhythm_NQ)
+            tables = _mean(line_NKMN * _turned(turn_NQ).conj(), counts_KMN, hops)
+        return turn_NQ, tables
+
+    def with_wave(turn_NQ: torch.Tensor, tables: tuple, counts_KMN: torch.Tensor, times: int) -> tuple[tuple, float]:
+        wave_MN, share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, counts_KMN[:1], hops, times)
+        return (*tables, wave_MN), share
+
+    clear = settled(turn_NQ, clear_KMN, PASSES)
+    found = with_wave(*clear, clear_KMN, 1)
     if (all_KMN == clear_KMN).all():
         return found
-    for passes in (0, SHARPER):
-        for _ in range(passes):
-            tables = _mean(line_NKMN * _turned(turn_NQ).conj(), all_KMN, hops)
-            turn_NQ = _likeliest(line_NKMN, *(t[None] for t in tables), rhythm_NQ)
-        if passes:
-            tables = _mean(line_NKMN * _turned(turn_NQ).conj(), all_KMN, hops)
-        wave_MN, own_share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, all_KMN[:1], hops, SHARED)
-        if own_share > max(share + WIDER, found[1]):
-            found = ((*tables, wave_MN), own_share)
-    return found
+    sharper = settled(clear[0], all_KMN, SHARPER)
+    wide = max((with_wave(*phases, all_KMN, SHARED) for phases in (clear, sharper)), key=lambda w: w[1])
+    return wide if wide[1] > found[1] + WIDER else found
 
 
 def _mean(turned_NKMN: torch.Tensor, counts_KMN: torch.Tensor, hops: float) -> tuple[torch.Tensor, torch.Tensor]:

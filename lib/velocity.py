@@ -69,9 +69,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, z_RTW: torch.Tensor, shift_R1W: torch.Tensor, scale_R1W: torch.Tensor) -> torch.Tensor:
         h_RTW = modulated(F.layer_norm(z_RTW, z_RTW.shape[2:]), shift_R1W, scale_R1W)
-        h_RTW = (
-            self.wide(h_RTW.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
-        )  # [:, :, 0] would fill zeros backwards
+        # squeezed, not indexed: the gradient of an index is a copy into zeros
+        h_RTW = self.wide(h_RTW.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
         return z_RTW + self.narrow(F.silu(h_RTW))
 
 

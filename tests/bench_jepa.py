@@ -8,7 +8,8 @@ What pretraining is judged by: a whole step against the peers' forward and backw
 Ours is one step of train_jepa.py (teacher, context, predictor, loss, backward pass, clipping, AdamW, moving average), masks drawn anew
 each time. The peers are braindecode's SignalJEPA and LUNA, in training mode, forward and backward pass alone: it ships no pretraining.
 Each at its own patching: 4 s are 4 tokens per channel at 100 Hz for ours, 3 at 128 Hz for SignalJEPA, 12 at 128 Hz for LUNA. Depth,
-width and, with the perceiver, queries are equal. Each runs in the number format that it is fastest in, unless `--dtype` says which. Where 64 windows at a time would take SignalJEPA 15 GB, it gets 16.
+width and, with the perceiver, queries are equal. Each runs in the number format that it is
+fastest in, unless `--dtype` says which. Where 64 windows at a time would take SignalJEPA 15 GB, it gets 16.
 
 Prints tables and, last, one JSON line. Variants take turns; ratios are of two neighbours in time, in wall time and in CPU time, which a busy
 machine disturbs less: median (lowest – highest). Needs `pip install --no-deps braindecode` and what it imports (skorch, mne_bids,
@@ -192,7 +193,7 @@ def spread(ratio_R: np.ndarray) -> str:
 
 def fastest(build: Callable[[str], Callable], dtype: str) -> tuple[Callable, str]:
     """What `build` makes of a number format, of both the one that runs faster for `auto`, and the format."""
-    made = {d: build(d) for d in (DTYPES if dtype == "auto" else [dtype])}
+    made = {d: build(dtype=d) for d in (DTYPES if dtype == "auto" else [dtype])}
     seconds = turns({d: (run, 1) for d, run in made.items()}, 2 if len(made) > 1 else 0)
     chosen = min(made, key=lambda d: seconds[d][:, 0].min() if len(made) > 1 else 0)
     return made[chosen], chosen
@@ -212,17 +213,14 @@ def compare_peers(cfg: Config) -> dict:
             f"ours, {cfg.queries} queries": (sizes | queries, channels),
             f"ours, {FEWER} of the channels as in mini": (sizes, min(channels, FEWER)),
         }
-        variants, formats = {}, {}
-
-        def add(
-            name: str, windows: int, build: Callable[[str], Callable], dtype: str, variants=variants, formats=formats
-        ) -> None:
-            run, formats[name] = fastest(build, dtype)
-            variants[name] = run, windows
-
-        for name, (sizes, seen) in ours.items():
-            step = functools.partial(Step, Architecture(**sizes), cfg.batch, seen, compiled=cfg.compile)
-            add(name, cfg.batch, lambda dtype, step=step: step(dtype=dtype), cfg.dtype)
+        wanted = {  # name: windows, what makes it of a number format, which format
+            name: (
+                cfg.batch,
+                functools.partial(Step, Architecture(**sizes), cfg.batch, seen, compiled=cfg.compile),
+                cfg.dtype,
+            )
+            for name, (sizes, seen) in ours.items()
+        }
         if models:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -233,10 +231,18 @@ def compare_peers(cfg: Config) -> dict:
                                    num_queries=cfg.queries, **described)  # fmt: skip
             windows = min(cfg.batch, 16 if channels > 100 else 64)
             jepa = functools.partial(passes, signal_jepa, torch.randn(windows, channels, 512))
-            add("SignalJEPA", windows, jepa, cfg.dtype)
-            if formats["SignalJEPA"] != "float32":
-                add("SignalJEPA in float32", windows, jepa, "float32")
-            add("LUNA", cfg.batch, functools.partial(passes, luna, torch.randn(cfg.batch, channels, 480)), cfg.dtype)
+            wanted["SignalJEPA"] = windows, jepa, cfg.dtype
+            if cfg.dtype == "auto":
+                wanted["SignalJEPA in float32"] = windows, jepa, "float32"
+            wanted["LUNA"] = (
+                cfg.batch,
+                functools.partial(passes, luna, torch.randn(cfg.batch, channels, 480)),
+                cfg.dtype,
+            )
+        variants, formats = {}, {}
+        for name, (windows, build, dtype) in wanted.items():
+            run, formats[name] = fastest(build, dtype)
+            variants[name] = run, windows
         seconds = turns(variants, cfg.rounds)
         for name, seconds_R2 in seconds.items():
             wall, cpu = np.median(seconds_R2, axis=0)
@@ -281,7 +287,7 @@ def share(cfg: Config) -> dict:
     rows, results = [], {}
     for name, batch, channels in (("mini", 64, 21), ("mini", 64, 24), ("base", 16, 21)):
         own = functools.partial(Step, preset(name), batch, channels, compiled=cfg.compile)
-        step, dtype = fastest(lambda dtype, own=own: own(dtype=dtype), cfg.dtype)
+        step, dtype = fastest(own, cfg.dtype)
         a_NN = torch.randn(1024, 1024).to(DTYPES[dtype])
 
         def product(a_NN: torch.Tensor = a_NN) -> None:
@@ -314,7 +320,7 @@ def profile(cfg: Config) -> dict:
         def draw(step: int) -> list[Part]:
             return train_jepa.draw(windows, sampler.ids(step), np.arange(run.batch), run, 0, patch, step)
 
-        step, dtype = fastest(lambda dtype: Step(preset("mini"), run.batch, len(TEN_TWENTY), dtype), cfg.dtype)
+        step, dtype = fastest(functools.partial(Step, preset("mini"), run.batch, len(TEN_TWENTY)), cfg.dtype)
         seconds: dict[str, list] = {}
         for turn in range(3 * cfg.rounds + 1):
             for stage, took in stages(step, draw, turn, dtype).items():
