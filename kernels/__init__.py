@@ -7,7 +7,7 @@ import and which building a cache does without (kernels/plain.py).
 
 import importlib
 
-NAMES = "UnreadableWindow ema_ embed_tokens gather_windows path selective_scan sos_stream".split()
+NAMES = "UnreadableWindow attend ema_ embed_tokens gather_windows path selective_scan sos_stream".split()
 
 
 def __getattr__(name: str):

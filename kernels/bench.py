@@ -60,6 +60,7 @@ class Case:
     bytes: int
     flops: int = 0
     repeats: int = 1  # calls per turn, for those of microseconds
+    dtype: torch.dtype = torch.float32  # of the large product that it is compared with
 
 
 def interleaved(
@@ -248,6 +249,36 @@ def scans(cfg: Config, folder: Path) -> Iterator[Case]:
         yield Case(f"selective_scan, forward and backward, {size}", both, values * (9 * E + 6 * S), 18 * R * L * E * S)
 
 
+def attentions(cfg: Config, folder: Path) -> Iterator[Case]:
+    """Of a layer's heads, as slices of one row of them: narrow encoders at 19 and 62 channels, the presets mini and base at 21."""
+    fused = torch.nn.functional.scaled_dot_product_attention
+    for B, N, D, H, dtype in (
+        (64, 76, 64, 2, torch.bfloat16),
+        (64, 248, 64, 2, torch.bfloat16),
+        (64, 84, 128, 4, torch.bfloat16),
+        (16, 84, 512, 8, torch.bfloat16),
+        (64, 84, 128, 4, torch.float32),
+    ):
+        x = torch.randn(B, N, 3 * D, device=DEVICE, dtype=dtype).requires_grad_()
+
+        def call(f, x=x, heads=H):
+            q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in x.chunk(3, 2))
+            return f(q, k, v).transpose(1, 2).flatten(2)
+
+        def meant(q, k, v):
+            return (q @ k.mT * q.shape[3] ** -0.5).softmax(3) @ v
+
+        ways = {"PyTorch, fused": fused, "PyTorch, its parts": meant}
+        ways |= {f"{name}, its parts": f for name, f in compiled(cfg, meant).items()}
+        ways[kernels.path(DEVICE)] = kernels.attend
+        size, flops = f"{B} x {N} x {D}, {H} heads, {str(dtype)[6:]}", 4 * B * N * N * D
+        quiet = {name: torch.no_grad()(lambda f=f: call(f)) for name, f in ways.items()}
+        yield Case(f"attend {size}", quiet, 4 * x.element_size() * B * N * D, flops, dtype=dtype)
+        both = {name: backward(lambda f=f: call(f), [x]) for name, f in ways.items()}
+        bytes = 11 * x.element_size() * B * N * D
+        yield Case(f"attend, forward and backward, {size}", both, bytes, 7 * flops // 2, dtype=dtype)
+
+
 def run_script(words: str, env: dict[str, str]) -> None:
     """One of the repository's scripts with its flags; raises CalledProcessError."""
     subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=env, check=True, capture_output=True)
@@ -293,14 +324,19 @@ def main(cfg: Config) -> dict:
         torch.set_num_threads(cfg.threads)
     clock = time.process_time if cfg.cpu_time else time.perf_counter
     rows, source, target = [], *torch.zeros(2, 32 << 20, device=DEVICE)
-    a, b = torch.randn(2, 1024, 1024, device=DEVICE)
+    factors = {dtype: torch.randn(2, 1024, 1024, device=DEVICE).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     print(machine())
     columns = "operation | implementation | ms | GB/s | share of copy | GFLOP/s | share of product | speed-up"
     print(f"\n| {columns} |\n|{' - |' * 8}", flush=True)
-    ceilings = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b)}
     with tempfile.TemporaryDirectory() as folder:
-        cases = (case for group in (gathers, tokens, averages, filters, scans) for case in group(cfg, Path(folder)))
+        cases = (
+            case
+            for group in (gathers, tokens, averages, filters, scans, attentions)
+            for case in group(cfg, Path(folder))
+        )
         for case in (case for case in cases if cfg.only in case.name):
+            a, b = factors[case.dtype]
+            ceilings = {"copy": lambda: target.copy_(source), "product": lambda a=a, b=b: torch.mm(a, b)}
             limits = interleaved(ceilings, 5, clock=clock)
             copy_rate, product_rate = 2 * source.nbytes / limits["copy"], 2 * 1024**3 / limits["product"]
             seconds = interleaved(case.variants, cfg.rounds, case.repeats, clock)

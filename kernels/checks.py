@@ -59,3 +59,19 @@ def selective_scan(u_RLE, fade_RLE, b_RLS, c_RLS, ahead) -> None:
     dtypes = {x.dtype for x in (u_RLE, fade_RLE, b_RLS, c_RLS)}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise TypeError("u, fade, b and c must be all float32 or all float64")
+
+
+def attend(q_BHQW, k_BHKW, v_BHKW, real_BK) -> None:
+    """Raises ValueError and TypeError."""
+    q, k = q_BHQW.shape, k_BHKW.shape
+    if (len(q), len(k)) != (4, 4) or k != v_BHKW.shape or (*q[:2], q[3]) != (*k[:2], k[3]):
+        raise ValueError("q must be B x H x Q x W, k and v B x H x K x W")
+    dtypes = {x.dtype for x in (q_BHQW, k_BHKW, v_BHKW)}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64, torch.bfloat16}:
+        raise TypeError("q, k and v must be all float32, all float64 or all bfloat16")
+    if real_BK is None:
+        return
+    if real_BK.shape != (k[0], k[2]):
+        raise ValueError("real must be B x K")
+    if real_BK.dtype != torch.bool:
+        raise TypeError("real must be bool")

@@ -2,7 +2,7 @@
 The operations as functions of tensors: torch.ops.berger (so called because `kernels` is also a package on PyPI) behind checks.
 
 On the CPU they are C++, compiled on first use (kernels/build.py), on a GPU Triton or CUDA C++ (kernels/gpu.py). Without a compiler, or with
-BERGER_KERNELS=0, their meaning itself runs; one line on stderr says which. BERGER_KERNELS=generic keeps the C++ from using AVX2.
+BERGER_KERNELS=0, their meaning itself runs; one line on stderr says which. BERGER_KERNELS=avx2 keeps the C++ from using AVX-512, BERGER_KERNELS=generic from AVX2 as well.
 """
 
 import os
@@ -22,7 +22,7 @@ _path: str | None = None
 
 @torch.compiler.assume_constant_result
 def path(device: str = "cpu") -> str:
-    """Which implementation runs: "c++ (avx2)" or "c++ (generic)" on the CPU, kernels.gpu.path() on a GPU, or "reference"; may compile."""
+    """Which implementation runs: "c++ (avx512)", "c++ (avx2)" or "c++ (generic)" on the CPU, kernels.gpu.path() on a GPU, or "reference"; may compile."""
     global _path
     if device == "cuda":
         from kernels import gpu
@@ -65,7 +65,11 @@ SCHEMAS = {
     "selective_scan": "(Tensor u_RLE, Tensor fade_RLE, Tensor b_RLS, Tensor c_RLS, SymInt ahead) -> Tensor",
     "selective_scan_backward": "(Tensor grad_RLE, Tensor u_RLE, Tensor fade_RLE, Tensor b_RLS, Tensor c_RLS, Tensor y_RLE, SymInt ahead) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "attend": "(Tensor q_BHQW, Tensor k_BHKW, Tensor v_BHKW, Tensor? real_BK) -> (Tensor, Tensor)",
+    "attend_backward": "(Tensor grad_BHQW, Tensor q_BHQW, Tensor k_BHKW, Tensor v_BHKW, Tensor? real_BK, Tensor y_BHQW, "
+    "Tensor level_BHQ) -> (Tensor, Tensor, Tensor)",
 }
+ON_CPU = ("gather_windows", "attend", "attend_backward")  # a GPU reads no files, and torch has attention for it
 _operators = torch.library.Library("berger", "DEF")
 
 
@@ -74,8 +78,9 @@ def _define() -> None:
         _operators.define(name + schema)
         if name in ("ema_", "sos_stream"):  # no gradients, so autograd needn't be asked: half of a short call's time
             _operators.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        if name != "gather_windows":  # of files, so on the CPU alone
+        if name != "gather_windows":
             _operators.impl(name, _checked(name, getattr(reference, name)), "CompositeExplicitAutograd")
+        if name not in ON_CPU:
             _operators.impl(name, _checked(name, _on_gpu(name)), "CUDA")
 
 
@@ -141,6 +146,22 @@ def _(grad_RLE, u_RLE, fade_RLE, b_RLS, c_RLS, y_RLE, ahead):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
 
 
+@torch.library.register_fake("berger::attend")
+def _(q_BHQW, k_BHKW, v_BHKW, real_BK):
+    level = torch.promote_types(q_BHQW.dtype, torch.float32)
+    return _heads_beside(q_BHQW), q_BHQW.new_empty(q_BHQW.shape[:3], dtype=level)
+
+
+@torch.library.register_fake("berger::attend_backward")
+def _(grad_BHQW, q_BHQW, k_BHKW, v_BHKW, real_BK, y_BHQW, level_BHQ):
+    return _heads_beside(q_BHQW), _heads_beside(k_BHKW), _heads_beside(v_BHKW)
+
+
+def _heads_beside(like_BHQW: torch.Tensor) -> torch.Tensor:
+    B, H, Q, W = like_BHQW.shape
+    return like_BHQW.new_empty(B, Q, H, W).transpose(1, 2)
+
+
 def _keep_tokens(ctx, inputs, output):
     x_BXD, space_BCD, time_PD, ids_BK, ctx.taken = inputs
     ctx.save_for_backward(ids_BK)
@@ -167,8 +188,17 @@ def _scan_gradients(ctx, grad_RLE):
     return *torch.ops.berger.selective_scan_backward(grad_RLE, *ctx.saved_tensors, ctx.ahead), None
 
 
+def _keep_attention(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _attention_gradients(ctx, grad_BHQW, _):  # the level is for these alone
+    return *torch.ops.berger.attend_backward(grad_BHQW, *ctx.saved_tensors), None
+
+
 torch.library.register_autograd("berger::embed_tokens", _embed_tokens_gradients, setup_context=_keep_tokens)
 torch.library.register_autograd("berger::selective_scan", _scan_gradients, setup_context=_keep_scan)
+torch.library.register_autograd("berger::attend", _attention_gradients, setup_context=_keep_attention)
 
 
 def _no_second_gradients(ctx, *grads):  # torch would only warn, and take them for 0
@@ -177,6 +207,7 @@ def _no_second_gradients(ctx, *grads):  # torch would only warn, and take them f
 
 torch.library.register_autograd("berger::embed_tokens_backward", _no_second_gradients)
 torch.library.register_autograd("berger::selective_scan_backward", _no_second_gradients)
+torch.library.register_autograd("berger::attend_backward", _no_second_gradients)
 
 
 def _no_forward_mode(*tensors: torch.Tensor) -> None:
@@ -260,6 +291,21 @@ def selective_scan(
     tensors = (t.to(dtype) for t in (u_RLE, fade_RLE, b_RLS, c_RLS))
     ahead = u_RLE.shape[-1] if ahead is None else ahead
     return torch.ops.berger.selective_scan(*tensors, ahead).to(u_RLE.dtype)
+
+
+def attend(
+    q_BHQW: torch.Tensor, k_BHKW: torch.Tensor, v_BHKW: torch.Tensor, real_BK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    softmax(q kᵀ / √W) v over the keys that `real_BK` (bool; None: all) marks, 0 without any: (B, H, Q, W), equation 1 of Vaswani (2017).
+
+    q, k and v are all float32, float64 or bfloat16, at any strides; what comes is laid out as (B, Q, H, W). Of bfloat16 the shares are
+    rounded, too, and sums are made in float32. Memory grows with Q + K, not Q K. NaN spreads to the queries that attend to it, and back
+    to all keys and values of its head. Raises ValueError or TypeError. On a GPU it is the reference: torch has its own there.
+    """
+    path()
+    _no_forward_mode(q_BHQW, k_BHKW, v_BHKW)
+    return torch.ops.berger.attend(q_BHQW, k_BHKW, v_BHKW, real_BK)[0]
 
 
 def gather_windows(

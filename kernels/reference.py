@@ -202,3 +202,38 @@ def selective_scan_backward(grad_RLE, u_RLE, fade_RLE, b_RLS, c_RLS, y_RLE, ahea
             gfade_RLE[:, t, part] = -(gh_RSE * before_RSE).sum(1) * keep[:, t]
             gh_RSE = gh_RSE * keep[:, t, None]
     return gu_RLE, gfade_RLE.masked_fill(fade_RLE > MOST, 0), gb_RLS, gc_RLS
+
+
+def attend(
+    q_BHQW: torch.Tensor, k_BHKW: torch.Tensor, v_BHKW: torch.Tensor, real_BK: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    softmax(q kᵀ / √W) v over the keys that `real_BK` marks (B, H, Q, W), equation 1 of Vaswani (2017), and the logarithms of its denominators.
+
+    Computed in float32, or float64 if that is what is given; without any real key both are 0.
+    """
+    score_BHQK = scores(q_BHQW, k_BHKW, real_BK)
+    level_BHQ = score_BHQK.logsumexp(3) if score_BHQK.shape[3] else score_BHQK.new_full(q_BHQW.shape[:3], -torch.inf)
+    level_BHQ = level_BHQ.masked_fill(level_BHQ == -torch.inf, 0)
+    y_BHQW = (score_BHQK - level_BHQ[..., None]).exp() @ v_BHKW.to(score_BHQK.dtype)
+    return heads_beside(y_BHQW, q_BHQW.dtype), level_BHQ
+
+
+def attend_backward(grad_BHQW, q_BHQW, k_BHKW, v_BHKW, real_BK, y_BHQW, level_BHQ):
+    """Gradients of q, k and v, in their format, given that of y, y itself and the logarithms of its denominators."""
+    score_BHQK = scores(q_BHQW, k_BHKW, real_BK)
+    q, k, v, y, grad = (t.to(score_BHQK.dtype) for t in (q_BHQW, k_BHKW, v_BHKW, y_BHQW, grad_BHQW))
+    share_BHQK = (score_BHQK - level_BHQ[..., None]).exp()
+    g_score_BHQK = share_BHQK * (grad @ v.mT - (grad * y).sum(3, keepdim=True)) * max(1, q.shape[3]) ** -0.5
+    found = g_score_BHQK @ k, g_score_BHQK.mT @ q, share_BHQK.mT @ grad
+    return tuple(heads_beside(t, q_BHQW.dtype) for t in found)
+
+
+def scores(q_BHQW: torch.Tensor, k_BHKW: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
+    wide = torch.promote_types(q_BHQW.dtype, torch.float32)
+    score_BHQK = q_BHQW.to(wide) @ k_BHKW.to(wide).mT * max(1, q_BHQW.shape[3]) ** -0.5
+    return score_BHQK if real_BK is None else score_BHQK.masked_fill(~real_BK[:, None, None], -torch.inf)
+
+
+def heads_beside(x_BHQW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x_BHQW.transpose(1, 2).to(dtype).contiguous().transpose(1, 2)

@@ -30,11 +30,11 @@ class Attend(nn.Module):
         qkv_BCPX = grid.spread(self.qkv(self.norm(z_BKD)))
         shape = (-1, grid.channels, 3, self.heads, qkv_BCPX.shape[3] // (3 * self.heads))
         q_RHCW, k_RHCW, v_RHCW = qkv_BCPX.transpose(1, 2).reshape(shape).permute(2, 0, 3, 1, 4)  # R: patches of windows
-        keys = None
+        real_RC = None
         if grid.seen_BCP is not None:
             seen_RC = grid.seen_BCP.transpose(1, 2).flatten(0, 1)
-            keys = (seen_RC | ~seen_RC.any(1, keepdim=True))[:, None, None]  # nothing seen: of no effect, but not NaN
-        a_RHCW = attend(q_RHCW, k_RHCW, v_RHCW, keys)
+            real_RC = seen_RC | ~seen_RC.any(1, keepdim=True)  # nothing seen: of no effect, but not NaN
+        a_RHCW = attend(q_RHCW, k_RHCW, v_RHCW, real_RC)
         a_BPCD = a_RHCW.transpose(1, 2).flatten(2).unflatten(0, (-1, grid.patches))
         return self.out(grid.collect(a_BPCD.transpose(1, 2)))
 

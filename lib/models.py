@@ -211,8 +211,7 @@ class Block(nn.Module):
             q = F.linear(h_BKD, self.qkv.weight[:d], self.qkv.bias[:d])
             k, v = F.linear(context_BKD, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, 2)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        keys = None if real_BK is None else real_BK[:, None, None, :]
-        a_BKD = attend(q, k, v, keys).transpose(1, 2).flatten(2)
+        a_BKD = attend(q, k, v, real_BK).transpose(1, 2).flatten(2)
         z_BKD = z_BKD + self.out(a_BKD)
         return z_BKD + self.narrow(F.gelu(self.wide(self.norm2(z_BKD))))
 

@@ -417,7 +417,10 @@ filters = [(x[0], sos, state), (x, sos[:, :5], state), (x, sos.repeat(33, 1), st
 filters += [(x, sos, state.mT.contiguous().mT), (x, sos.float(), state), (x, sos, state.float()), (x.half(), sos, state)]
 u, b = torch.zeros(2, 9, 5), torch.zeros(2, 9, 3)
 scans = [(u[0], u[0], b, b), (u, u[:, :8], b, b), (u, u, b, b[..., :2]), (u, u, b[:1], b[:1]), (u, u, b, b, 6), (u, u, b, b, -1)]
-calls = {"embed_tokens": tokens, "ema_": averages, "sos_stream": filters, "selective_scan": scans}
+q, k, real = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8), torch.ones(2, 7, dtype=torch.bool)
+heads = [(q[0], k, k), (q, k, k[:, :2]), (q[:1], k, k), (q[..., :7], k, k), (q, k, k.double()), (q.half(), k.half(), k.half())]
+heads += [(q, k, k, real[:, :6]), (q, k, k, real[None]), (q, k, k, real.float())]
+calls = {"embed_tokens": tokens, "ema_": averages, "sos_stream": filters, "selective_scan": scans, "attend": heads}
 for name, arguments in [(name, arguments) for name, some in calls.items() for arguments in some]:
     try:
         print(name, "took it", getattr(kernels, name)(*arguments))
@@ -428,7 +431,7 @@ for name, arguments in [(name, arguments) for name, some in calls.items() for ar
 
 def test_with_and_without_kernels_the_same_is_refused_in_the_same_words(needs_cpp):
     off, on = run("-c", WRONG, BERGER_KERNELS="0"), run("-c", WRONG)
-    assert off.stdout == on.stdout and "took it" not in on.stdout and len(on.stdout.splitlines()) == 27, off.stderr
+    assert off.stdout == on.stdout and "took it" not in on.stdout and len(on.stdout.splitlines()) == 36, off.stderr
 
 
 GRADIENTS = """

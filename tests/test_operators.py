@@ -357,6 +357,157 @@ def test_sections_are_copied_and_pickled_with_their_state(monkeypatch):
 
 
 # ----------------------------------------------------------------------------
+# attention
+
+# windows, heads, queries, keys, width: nothing, one, primes, a tile of queries and a block of keys, and one more than those
+ATTENDED = [(0, 2, 3, 4, 8), (2, 0, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8), (2, 2, 3, 4, 0), (1, 1, 1, 1, 1)]
+ATTENDED += [(2, 3, 32, 256, 16), (2, 2, 33, 257, 32), (3, 2, 7, 19, 5), (1, 2, 70, 517, 64), (2, 4, 76, 76, 8)]
+
+
+def attention_case(windows, heads, queries, keys, width, dtype=torch.float64, seed=0):
+    """Queries, keys and values as a layer makes them, slices of one row of heads, and a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(windows, n, heads, width) for n in (queries, keys, keys, queries)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2) for s in shapes]
+
+
+def real_keys(windows, keys, seed=0):
+    real_BK = torch.rand(windows, keys, generator=torch.Generator().manual_seed(seed)) < 0.6
+    real_BK[1:2] = False  # a window without any
+    return real_BK
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("sizes", ATTENDED)
+def test_attention_and_its_gradients(sizes, masked, dtype):
+    *inputs, grad = attention_case(*sizes, dtype)
+    real_BK = real_keys(sizes[0], sizes[3]) if masked else None
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    exact = [t.detach().double() for t in inputs]
+    y, (expected, level) = kernels.attend(*leaves, real_BK), reference.attend(*exact, real_BK)
+    assert y.dtype == dtype and y.transpose(1, 2).is_contiguous()
+    close(y, expected, ROUNDING[dtype])
+    theirs = reference.attend_backward(grad.double(), *exact, real_BK, expected, level)
+    for mine, meant in zip(torch.autograd.grad(y, leaves, grad), theirs, strict=True):
+        assert mine.dtype == dtype
+        close(mine, meant, 5 * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "some"])
+def test_attention_means_what_torchs_does(masked):
+    inputs = [t.requires_grad_() for t in attention_case(3, 2, 9, 13, 6)[:3]]
+    real_BK = real_keys(3, 13).index_fill(1, torch.tensor(0), True) if masked else None
+    keys = real_BK[:, None, None] if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=keys)
+    for found in (kernels.attend(*inputs, real_BK), reference.attend(*inputs, real_BK)[0]):
+        torch.testing.assert_close(found, expected)
+        for mine, theirs in zip(*(torch.autograd.grad(y.sin().sum(), inputs) for y in (found, expected)), strict=True):
+            torch.testing.assert_close(mine, theirs)
+        expected = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=keys)
+
+
+def test_attention_passes_gradcheck():
+    inputs = [t.detach().requires_grad_() for t in attention_case(2, 2, 5, 7, 3)[:3]]
+    assert torch.autograd.gradcheck(lambda *t: kernels.attend(*t, real_keys(2, 7)), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_any_strides(dtype):
+    q, k, v, grad = attention_case(3, 2, 9, 13, 6, dtype)
+
+    def both(q, k, v, grad, real_BK):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        y = kernels.attend(*leaves, real_BK)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    real_BK = real_keys(3, 13)
+    expected = both(*(t.contiguous() for t in (q, k, v, grad)), real_BK)
+    shifted = [torch.empty(t.numel() + 1, dtype=dtype)[1:].view(t.shape).copy_(t) for t in (q, k, v, grad)]
+    turned = [t.mT.contiguous().mT for t in (q, k, v, grad)]
+    doubled = [torch.stack([t, t], 2)[:, :, 0] for t in (q, k, v, grad)]
+    for inputs in ((q, k, v, grad), shifted, turned, doubled):
+        wide_real = real_BK.mT.contiguous().mT
+        assert all(torch.equal(a, b) for a, b in zip(both(*inputs, wide_real), expected, strict=True))
+    ones = both(q, k, v, torch.ones(()).to(dtype).expand(grad.shape), real_BK)
+    meant = both(q, k, v, torch.ones_like(grad), real_BK)
+    assert all(torch.equal(a, b) for a, b in zip(ones, meant, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_with_keys_hidden_is_that_without_them(dtype):
+    q, k, v, grad = attention_case(2, 2, 40, 300, 16, dtype)
+    real_BK = (torch.rand(1, 300, generator=torch.Generator().manual_seed(3)) < 0.5).expand(2, -1)
+    k[:, :, ~real_BK[0]], v[:, :, ~real_BK[0]] = torch.nan, torch.inf
+    some = [q, k[:, :, real_BK[0]], v[:, :, real_BK[0]]]
+    y, level = torch.ops.berger.attend(q, k, v, real_BK)
+    assert torch.equal(y, kernels.attend(*some))
+    grads = torch.ops.berger.attend_backward(grad, q, k, v, real_BK, y, level)
+    meant = torch.ops.berger.attend_backward(grad, *some, None, y, level)
+    assert torch.equal(grads[0], meant[0])
+    for mine, theirs in zip(grads[1:], meant[1:], strict=True):
+        assert torch.equal(mine[:, :, real_BK[0]], theirs) and not mine[:, :, ~real_BK[0]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_large_and_far_scores(dtype):
+    q, k, v, grad = attention_case(2, 2, 9, 300, 8, dtype)
+    for factor in (1e4, 1e12):
+        y, level = torch.ops.berger.attend(q * factor, k, v, None)
+        best = (q.double() @ k.double().mT).argmax(3)[..., None].expand(-1, -1, -1, 8)
+        assert torch.equal(y, v.gather(2, best))
+        assert all(g.isfinite().all() for g in torch.ops.berger.attend_backward(grad, q * factor, k, v, None, y, level))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", range(3))
+def test_attention_keeps_a_nan_within_its_head(which, dtype):
+    inputs = attention_case(2, 2, 40, 300, 8, dtype)[:3]
+    expected = kernels.attend(*inputs)
+    inputs[which][1, 0, 5, 2] = torch.nan
+    y = kernels.attend(*inputs)
+    meant = reference.attend(*inputs)[0].isnan()
+    assert torch.equal(y.isnan(), meant) and meant.any()
+    assert torch.equal(y[0], expected[0]) and torch.equal(y[1, 1], expected[1, 1])
+
+
+def test_attention_is_the_same_on_any_number_of_threads():
+    q, k, v, grad = attention_case(20, 2, 70, 70, 16, torch.float32)
+    real_BK = real_keys(20, 70)
+
+    def both():
+        y, level = torch.ops.berger.attend(q, k, v, real_BK)
+        return [y, *torch.ops.berger.attend_backward(grad, q, k, v, real_BK, y, level)]
+
+    expected = both()
+    try:
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(both(), expected, strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(*(st.integers(0, most) for most in (3, 3, 40, 300, 40))),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_attention(sizes, dtype, masked, seed):
+    *inputs, grad = attention_case(*sizes, dtype, seed)
+    real_BK = real_keys(sizes[0], sizes[3], seed) if masked else None
+    exact = [t.double() for t in inputs]
+    y, level = torch.ops.berger.attend(*inputs, real_BK)
+    expected, exact_level = reference.attend(*exact, real_BK)
+    close(y, expected, ROUNDING[dtype])
+    ours = torch.ops.berger.attend_backward(grad, *inputs, real_BK, y, level)
+    theirs = reference.attend_backward(grad.double(), *exact, real_BK, expected, exact_level)
+    for a, b in zip(ours, theirs, strict=True):
+        close(a, b, 5 * ROUNDING[dtype])
+
+
+# ----------------------------------------------------------------------------
 # all of them
 
 
@@ -373,19 +524,30 @@ def test_opcheck():
     opcheck(torch.ops.berger.selective_scan_backward.default, (torch.randn_like(y), *plain_inputs, y, 2))
     state = torch.zeros(len(SOS), 2, 4, dtype=torch.float64)
     opcheck(torch.ops.berger.sos_stream.default, (torch.randn(4, 9), torch.from_numpy(SOS), state))
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, grad = attention_case(2, 2, 5, 7, 8, dtype)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        opcheck(torch.ops.berger.attend.default, (*leaves, None))
+        opcheck(torch.ops.berger.attend.default, (*leaves, real_keys(2, 7)))
+        kept = torch.ops.berger.attend(q, k, v, None)
+        opcheck(torch.ops.berger.attend_backward.default, (grad, q, k, v, None, *kept))
     opcheck(torch.ops.berger.ema_.default, ([torch.randn(5)], [torch.randn(5)], 0.9, []))
     opcheck(torch.ops.berger.ema_.default, ([torch.randn(5)], [torch.randn(5)], 0.9, [torch.randn(5).bfloat16()]))
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "selective_scan"])
+@pytest.mark.parametrize("name", ["embed_tokens", "selective_scan", "attend"])
 def test_second_gradients_are_refused_where_the_meaning_has_them(name):
     x, space, time, ids = token_case(2, 3, 4, 7, 16)
-    inputs = {"embed_tokens": [x, space, time], "selective_scan": scan_case(2, 9, 5, 3, torch.float32)}[name]
+    inputs, rest = {
+        "embed_tokens": ([x, space, time], (ids,)),
+        "selective_scan": (scan_case(2, 9, 5, 3, torch.float32), (2,)),
+        "attend": (attention_case(2, 2, 5, 7, 3)[:3], ()),
+    }[name]
     leaves = [t.clone().requires_grad_() for t in inputs]
-    rest = {"embed_tokens": (ids,), "selective_scan": (2,)}[name]
 
     def second(package):
-        y = getattr(package, name)(*leaves, *rest).square().sum()
+        y = getattr(package, name)(*leaves, *rest)
+        y = (y[0] if isinstance(y, tuple) else y).square().sum()
         first = torch.autograd.grad(y, leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
@@ -394,7 +556,7 @@ def test_second_gradients_are_refused_where_the_meaning_has_them(name):
         second(kernels)
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "selective_scan", "sos_stream"])
+@pytest.mark.parametrize("name", ["embed_tokens", "selective_scan", "sos_stream", "attend"])
 def test_forward_mode_gradients_are_refused_where_the_meaning_has_them(name):
     x, space, time, ids = token_case(2, 3, 4, 7, 16)
     state = torch.zeros(len(SOS), 2, 3, dtype=torch.float64)
@@ -402,9 +564,11 @@ def test_forward_mode_gradients_are_refused_where_the_meaning_has_them(name):
         "embed_tokens": ((x, space, time), (ids,)),
         "selective_scan": (tuple(scan_case(2, 9, 5, 3)), (2,)),
         "sos_stream": ((torch.randn(3, 9).double(),), (torch.from_numpy(SOS), state)),
+        "attend": (tuple(attention_case(2, 2, 5, 7, 3)[:3]), ()),
     }[name]
     if name != "sos_stream":  # whose meaning writes to its state
-        assert torch.func.jvp(lambda *xs: getattr(reference, name)(*xs, *rest), inputs, inputs)[1].any()
+        tangent = torch.func.jvp(lambda *xs: getattr(reference, name)(*xs, *rest), inputs, inputs)[1]
+        assert (tangent[0] if name == "attend" else tangent).any()
     with pytest.raises(RuntimeError, match="no forward-mode gradients"):
         torch.func.jvp(lambda *xs: getattr(kernels, name)(*xs, *rest), inputs, inputs)
 
@@ -415,6 +579,8 @@ def test_torch_compile_takes_them_whole():
 
     def work(u, fade, b, c, x):
         z = kernels.embed_tokens(x, space, time, ids)
+        heads = z.unflatten(2, (2, 8)).transpose(1, 2)
+        z = z + kernels.attend(heads, heads, heads).transpose(1, 2).flatten(2)
         return kernels.selective_scan(u, fade, b, c, 3).sin().sum() + z.square().sum()
 
     compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
@@ -464,6 +630,7 @@ def test_any_filter(C, T, S, seed):
 def test_many_python_threads_at_once():
     inputs, sos = scan_case(40, 33, 20, 5, torch.float32), torch.from_numpy(SOS)
     x_CT, tokens = torch.randn(21, 500), token_case(4, 5, 4, 11, 64)
+    heads = attention_case(4, 2, 40, 70, 16, torch.float32)[:3]
 
     def work():
         t = [torch.zeros(3000)]
@@ -473,6 +640,7 @@ def test_many_python_threads_at_once():
             kernels.selective_scan(*inputs),
             kernels.sos_stream(x_CT, sos, state),
             kernels.embed_tokens(*tokens),
+            kernels.attend(*heads),
             t[0],
         )
 
@@ -487,10 +655,10 @@ def test_many_python_threads_at_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert same == [True] * 160
+    assert same == [True] * 200
 
 
-CHECKED = "scan_and or strides or fades or nan or tokens_and or mix or ema or bit_for_bit or cut or test_any_ or equals_its or every_map or compiled_path"
+CHECKED = "scan_and or attention_and or far_scores or strides or fades or nan or tokens_and or mix or ema or bit_for_bit or cut or test_any_ or equals_its or every_map or compiled_path"
 UNDER_SANITIZERS = """
 import sys
 from pathlib import Path
@@ -510,18 +678,19 @@ def run(*arguments: str, **env) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_processors_without_avx2():
-    if kernels.path() == "reference":
-        pytest.skip("no C++ here: python kernels/build.py says why")
-    some = "case11-dtype or any_ or bit_for_bit or (tokens_and and sizes2)"
-    done = run("-m", "pytest", "-q", "-s", __file__, "-k", some, BERGER_KERNELS="generic")
+@pytest.mark.parametrize("which", ["generic", "avx2"])
+def test_older_processors(which):
+    if which not in kernels.path() and not (which == "generic" or "avx512" in kernels.path()):
+        pytest.skip(f"{kernels.path()} is what runs here")
+    some = "case11-dtype or any_ or bit_for_bit or (tokens_and and sizes2) or (attention and not gradcheck)"
+    done = run("-m", "pytest", "-q", "-s", __file__, "-k", some, BERGER_KERNELS=which)
     assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
-    assert "kernels: C++, generic" in done.stderr
+    assert f"kernels: C++, {which}" in done.stderr
 
 
 @pytest.mark.slow
 def test_without_kernels_the_operators_mean_the_same():
-    some = "tokens_and or cut or compile or case7-dtype"
+    some = "tokens_and or attention_and or hidden or cut or compile or case7-dtype"
     done = run("-m", "pytest", "-q", __file__, "-k", some, BERGER_KERNELS="0")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 

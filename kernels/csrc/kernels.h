@@ -1,11 +1,15 @@
-// The arithmetic of every operation, without torch, compiled twice: for any processor and for one with AVX2. `fast()` picks.
+// The arithmetic of every operation, without torch, compiled for any processor and with AVX2, attention also with AVX-512's products of
+// bfloat16. `processor()` picks.
 
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -70,11 +74,26 @@ struct TokenCall {
   bool taken;
 };
 
+template <typename T, typename A>
+struct AttendCall {  // T: of the tensors, uint16_t for bfloat16; A: of the arithmetic
+  struct Rows {
+    T* x;  // heads x rows x width of each window
+    int64_t window, head, row;
+    T* at(int64_t b, int64_t h, int64_t i) const { return x + b * window + h * head + i * row; }
+  };
+  int64_t heads, queries, keys, width;
+  Rows q, k, v, y;
+  const bool* real;  // windows x keys; none: all of them
+  A* level;          // windows x heads x queries: the logarithm of each softmax's denominator
+  Rows g = {}, gq = {}, gk = {}, gv = {};
+};
+
 namespace generic {
 #include "simd.h"
 #include "filter_sections.h"
 #include "selective_scan.h"
 #include "tokens.h"
+#include "attention.h"
 }  // namespace generic
 
 #ifdef HAS_AVX2
@@ -86,24 +105,47 @@ namespace avx2 {
 #include "filter_sections.h"
 #include "selective_scan.h"
 #include "tokens.h"
+#include "attention.h"
 }  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define AVX512_REGION
+namespace avx512 {
+using namespace avx2;  // wider vectors gain nothing elsewhere
+#include "simd.h"
+#include "attention.h"
+}  // namespace avx512
+#undef AVX512_REGION
 #undef AVX2_REGION
 #pragma GCC pop_options
 #else
 namespace avx2 = generic;
+namespace avx512 = generic;
 #endif
 
-inline bool fast() {
-  static const bool chosen = [] {
+enum class Processor { generic, avx2, avx512 };
+constexpr const char* PROCESSORS[] = {"generic", "avx2", "avx512"};
+
+inline Processor processor() {
+  static const Processor chosen = [] {
 #ifdef HAS_AVX2
     const char* wanted = std::getenv("BERGER_KERNELS");
-    const bool generic = wanted != nullptr && std::string_view(wanted) == "generic";
-    return !generic && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const auto at_most = [&](std::string_view name) { return wanted != nullptr && wanted == name; };
+    if (at_most("generic") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Processor::generic;
+    if (at_most("avx2")) return Processor::avx2;
+    for (const bool has : {__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512dq"),
+                           __builtin_cpu_supports("avx512vl"), __builtin_cpu_supports("avx512bf16")})
+      if (!has) return Processor::avx2;
+    return Processor::avx512;
 #else
-    return false;
+    return Processor::generic;
 #endif
   }();
   return chosen;
 }
 
-#define CALL(function, ...) (fast() ? avx2::function(__VA_ARGS__) : generic::function(__VA_ARGS__))
+#define CALL(function, ...)                                                \
+  (processor() == Processor::avx512 ? avx512::function(__VA_ARGS__)        \
+   : processor() == Processor::avx2 ? avx2::function(__VA_ARGS__)          \
+                                    : generic::function(__VA_ARGS__))

@@ -54,7 +54,7 @@ Tensor embed(const Tensor& x_BXD, const Tensor& space_BCD, const Tensor& time_PD
                                 from<int64_t>(ids_BK), to<Z>(z_BKD), ids_BK.size(1), space_BCD.size(1), time_PD.size(0),
                                 time_PD.size(1), taken};
   at::parallel_for(0, ids_BK.numel(), grain(4 * call.width), [&](int64_t a, int64_t b) {
-    fast() ? avx2::embed_rows(call, a, b) : generic::embed_rows(call, a, b);
+    CALL(embed_rows, call, a, b);
   });
   return z_BKD;
 }
@@ -238,10 +238,79 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_backward(const Tensor&
   return run(rows_of(g), rows_of(u), rows_of(fade), rows_of(b), rows_of(c), y.contiguous(), ahead);
 }
 
+// ---- attention
+
+void check_attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& real) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && q.sizes().slice(0, 2) == k.sizes().slice(0, 2) &&
+                    q.size(3) == k.size(3), "q must be B x H x Q x W, k and v B x H x K x W");
+  for (const Tensor& x : {q, k, v})
+    TORCH_CHECK_TYPE(x.scalar_type() == q.scalar_type() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble ||
+                     x.scalar_type() == at::kBFloat16), "q, k and v must be all float32, all float64 or all bfloat16");
+  if (!real) return;
+  TORCH_CHECK_VALUE(real->dim() == 2 && real->size(0) == k.size(0) && real->size(1) == k.size(2), "real must be B x K");
+  TORCH_CHECK_TYPE(real->scalar_type() == at::kBool, "real must be bool");
+}
+
+// B x H x rows x W, of which a row's heads lie beside each other, as layers want them
+Tensor heads_beside(const Tensor& like) {
+  return fresh({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+}
+
+template <typename C, typename T, typename A>
+struct Attending {
+  static typename AttendCall<T, A>::Rows rows(const Tensor& x) {
+    return {reinterpret_cast<T*>(const_cast<C*>(from<C>(x))), x.stride(0), x.stride(1), x.stride(2)};
+  }
+  static AttendCall<T, A> call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& real, const Tensor& y,
+                               const Tensor& level) {
+    return {q.size(1), q.size(2), k.size(2), q.size(3), rows(q), rows(k), rows(v), rows(y), real ? from<bool>(*real) : nullptr,
+            const_cast<A*>(from<A>(level))};
+  }
+  static int64_t each(const Tensor& q, const Tensor& k) { return grain(2 * q.size(2) * k.size(2) * (q.size(3) + 8)); }
+
+  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& real) {
+    const Tensor y = heads_beside(q);
+    const Tensor level = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(c10::CppTypeToScalarType<A>::value));
+    const auto n = call(q, k, v, real, y, level);
+    at::parallel_for(0, q.size(0) * q.size(1), each(q, k), [&](int64_t i, int64_t j) { CALL(attend_heads, n, i, j); });
+    return {y, level};
+  }
+  static Tensors backward(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& real,
+                          const Tensor& y, const Tensor& level) {
+    const Tensor gq = heads_beside(q), gk = heads_beside(k), gv = heads_beside(v);
+    auto n = call(q, k, v, real, y, level);
+    n.g = rows(g), n.gq = rows(gq), n.gk = rows(gk), n.gv = rows(gv);
+    at::parallel_for(0, q.size(0) * q.size(1), each(q, k), [&](int64_t i, int64_t j) { CALL(attend_heads_backward, n, i, j); });
+    return {gq, gk, gv};
+  }
+};
+using AttendHalf = Attending<c10::BFloat16, uint16_t, float>;
+using AttendFloat = Attending<float, float, float>;
+using AttendDouble = Attending<double, double, double>;
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& real) {
+  check_attend(q, k, v, real);
+  const auto dtype = q.scalar_type();
+  const auto run = dtype == at::kDouble ? AttendDouble::forward : dtype == at::kFloat ? AttendFloat::forward : AttendHalf::forward;
+  return run(rows_of(q), rows_of(k), rows_of(v), real ? std::optional(real->contiguous()) : real);
+}
+
+Tensors attend_backward(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& real,
+                        const Tensor& y, const Tensor& level) {
+  check_attend(q, k, v, real);
+  TORCH_CHECK_VALUE(g.sizes() == q.sizes() && y.sizes() == q.sizes() && level.sizes() == q.sizes().slice(0, 3) && level.is_contiguous(),
+                    "the gradient and y must have the shape of q, level all but its last axis");
+  const auto dtype = q.scalar_type();
+  TORCH_CHECK_TYPE(g.scalar_type() == dtype && y.scalar_type() == dtype &&
+                   level.scalar_type() == (dtype == at::kDouble ? at::kDouble : at::kFloat), "the gradient and y must be of q's dtype");
+  const auto run = dtype == at::kDouble ? AttendDouble::backward : dtype == at::kFloat ? AttendFloat::backward : AttendHalf::backward;
+  return run(rows_of(g), rows_of(q), rows_of(k), rows_of(v), real ? std::optional(real->contiguous()) : real, rows_of(y), level);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(berger, m) {
-  m.def("processor_path() -> str", [] { return std::string(fast() ? "avx2" : "generic"); });
+  m.def("processor_path() -> str", [] { return std::string(PROCESSORS[static_cast<int>(processor())]); });
   m.def("threads() -> int", [] {  // that take part in a loop of these operators
     std::atomic<int64_t> parts{0};
     at::parallel_for(0, 1 << 10, 1, [&](int64_t, int64_t) { parts++; });
@@ -256,4 +325,6 @@ TORCH_LIBRARY_IMPL(berger, CPU, m) {
   m.impl("sos_stream", sos_stream);
   m.impl("selective_scan", selective_scan);
   m.impl("selective_scan_backward", selective_scan_backward);
+  m.impl("attend", attend);
+  m.impl("attend_backward", attend_backward);
 }

@@ -10,39 +10,6 @@
 
 constexpr int64_t Q = 16;  // steps of a chunk
 
-// y (+)= a x: y is rows x width, a rows x inner at any strides, x inner x width; width a multiple of the lanes.
-// Lower: only inner <= row counts, upper: only inner >= row; what a tile takes in beyond the diagonal must be 0 in a.
-enum class Part { all, lower, upper };
-template <Part part, typename T>
-void product(const T* a, int64_t a_row, int64_t a_inner, const T* x, T* y, int64_t rows, int64_t inner, int64_t width, bool add) {
-  constexpr int64_t LANES = LANES_OF<T>, TILE = 4;  // rows
-  for (int64_t i = 0; i < rows; i += TILE) {
-    const int64_t from = part == Part::upper ? i : 0, to = part == Part::lower ? std::min(i + TILE, inner) : inner;
-    const int64_t some = std::min(TILE, rows - i);
-    const T* row[TILE];
-    for (int64_t r = 0; r < TILE; r++) row[r] = a + (i + std::min(r, some - 1)) * a_row;
-    const auto tile = [&](int64_t e, auto vectors) INLINE_LAMBDA {
-      vec<T> sum[TILE][vectors];
-      for (int r = 0; r < TILE; r++)
-        for (int v = 0; v < vectors; v++) sum[r][v] = vec<T>{};
-      for (int64_t j = from; j < to; j++) {
-        vec<T> z[vectors];
-        for (int v = 0; v < vectors; v++) z[v] = load(x + j * width + e + v * LANES);
-        for (int r = 0; r < TILE; r++)
-          for (int v = 0; v < vectors; v++) sum[r][v] = fma(all(row[r][j * a_inner]), z[v], sum[r][v]);
-      }
-      for (int r = 0; r < TILE; r++)
-        for (int v = 0; v < vectors; v++) {
-          T* at = y + (i + r) * width + e + v * LANES;
-          if (r < some) store(add ? load(at) + sum[r][v] : sum[r][v], at);
-        }
-    };
-    int64_t e = 0;
-    for (; e + 2 * LANES <= width; e += 2 * LANES) tile(e, std::integral_constant<int, 2>());
-    if (e < width) tile(e, std::integral_constant<int, 1>());
-  }
-}
-
 template <typename T>
 struct Scan {
   ScanSizes n;

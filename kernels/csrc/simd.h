@@ -6,9 +6,11 @@
 //   namespace avx2 { #include "x.h" }
 //   #pragma GCC pop_options
 //
-// so that one binary has both, and runs on processors that have only the first.
+// so that one binary has all, and runs on processors that have only the first.
 
-#ifdef AVX2_REGION
+#if defined(AVX512_REGION)
+constexpr int BYTES = 64;
+#elif defined(AVX2_REGION)
 constexpr int BYTES = 32;
 #else
 constexpr int BYTES = 16;
@@ -30,6 +32,12 @@ template <typename T>
 INLINE void store(vec<T> v, T* y) { *reinterpret_cast<typename Vector<T>::loose*>(y) = v; }
 template <typename T>
 INLINE vec<T> all(T x) { return x - vec<T>{}; }  // -0 stays -0
+template <typename T>
+INLINE T one(const T* x) {  // of whatever type it was written as
+  T value;
+  std::memcpy(&value, x, sizeof(T));
+  return value;
+}
 
 // the first n < LANES_OF values, zeros beyond
 template <typename T>
@@ -45,7 +53,10 @@ INLINE void store_some(vec<T> v, T* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = some[i];
 }
 
-#ifdef AVX2_REGION
+#if defined(AVX512_REGION)
+INLINE vec<float> fma(vec<float> a, vec<float> b, vec<float> c) { return vec<float>(_mm512_fmadd_ps(a, b, c)); }
+INLINE vec<double> fma(vec<double> a, vec<double> b, vec<double> c) { return vec<double>(_mm512_fmadd_pd(a, b, c)); }
+#elif defined(AVX2_REGION)
 INLINE vec<float> fma(vec<float> a, vec<float> b, vec<float> c) { return vec<float>(_mm256_fmadd_ps(a, b, c)); }
 INLINE vec<double> fma(vec<double> a, vec<double> b, vec<double> c) { return vec<double>(_mm256_fmadd_pd(a, b, c)); }
 #else
@@ -54,7 +65,9 @@ INLINE T fma(T a, T b, T c) { return a * b + c; }
 #endif
 
 INLINE float sum(vec<float> v) {
-#ifdef AVX2_REGION
+#if defined(AVX512_REGION)
+  return _mm512_reduce_add_ps(v);
+#elif defined(AVX2_REGION)
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
@@ -87,14 +100,49 @@ INLINE vec<double> decayed(vec<double> x) {
   return x;
 }
 
-// the smaller one; x if it is NaN
-#ifdef AVX2_REGION
+// x0 y0 + x1 y1 + z of words of two bfloat16, in float32
+INLINE vec<float> fma(vec<uint32_t> x, vec<uint32_t> y, vec<float> z) {
+#ifdef AVX512_REGION
+  return vec<float>(_mm512_dpbf16_ps(z, __m512bh(x), __m512bh(y)));
+#else
+  const vec<uint32_t> high = all(0xffff0000u);
+  return fma(vec<float>(x << 16), vec<float>(y << 16), fma(vec<float>(x & high), vec<float>(y & high), z));
+#endif
+}
+
+// the smaller one, the larger one; x if it is NaN
+#if defined(AVX512_REGION)
+INLINE vec<float> at_most(vec<float> most, vec<float> x) { return vec<float>(_mm512_min_ps(most, x)); }
+INLINE vec<double> at_most(vec<double> most, vec<double> x) { return vec<double>(_mm512_min_pd(most, x)); }
+INLINE vec<float> at_least(vec<float> least, vec<float> x) { return vec<float>(_mm512_max_ps(least, x)); }
+INLINE vec<double> at_least(vec<double> least, vec<double> x) { return vec<double>(_mm512_max_pd(least, x)); }
+#elif defined(AVX2_REGION)
 INLINE vec<float> at_most(vec<float> most, vec<float> x) { return vec<float>(_mm256_min_ps(most, x)); }
 INLINE vec<double> at_most(vec<double> most, vec<double> x) { return vec<double>(_mm256_min_pd(most, x)); }
+INLINE vec<float> at_least(vec<float> least, vec<float> x) { return vec<float>(_mm256_max_ps(least, x)); }
+INLINE vec<double> at_least(vec<double> least, vec<double> x) { return vec<double>(_mm256_max_pd(least, x)); }
 #else
 template <typename T>
 INLINE T at_most(T most, T x) { return x > most ? most : x; }
+template <typename T>
+INLINE T at_least(T least, T x) { return x < least ? least : x; }
 #endif
+
+// the largest lane
+INLINE float max(vec<float> v) {
+#ifdef AVX512_REGION
+  return _mm512_reduce_max_ps(v);
+#else
+  float found = v[0];
+  for (int i = 1; i < LANES_OF<float>; i++) found = std::max(found, float(v[i]));
+  return found;
+#endif
+}
+INLINE double max(vec<double> v) {
+  double found = v[0];
+  for (int i = 1; i < LANES_OF<double>; i++) found = std::max(found, double(v[i]));
+  return found;
+}
 
 // y[e * stride + i] = x[i * width + e], i < rows
 template <typename T>
@@ -106,7 +154,7 @@ void transpose(const T* x, int64_t rows, int64_t width, T* y, int64_t stride) {
       for (int64_t e = 0; e + 8 <= width; e += 8) {
         __m256 a[8], b[8];
         for (int i = 0; i < 4; i++) {  // row i beside row i + 4
-          const float *low = x + (from + i) * width + e, *high = low + 4 * width;
+          const auto *low = reinterpret_cast<const float*>(x + (from + i) * width + e), *high = low + 4 * width;
           a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
           a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
         }
@@ -115,7 +163,7 @@ void transpose(const T* x, int64_t rows, int64_t width, T* y, int64_t stride) {
             b[i + j] = _mm256_unpacklo_ps(a[i + 2 * j], a[i + 2 * j + 1]);
             b[i + j + 2] = _mm256_unpackhi_ps(a[i + 2 * j], a[i + 2 * j + 1]);
           }
-        float* to = y + e * stride + from;
+        auto* to = reinterpret_cast<float*>(y + e * stride + from);
         for (int i = 0; i < 8; i += 4)
           for (int j = 0; j < 2; j++) {
             const __m256 low = b[i + 2 * j], high = b[i + 2 * j + 1];
@@ -125,5 +173,38 @@ void transpose(const T* x, int64_t rows, int64_t width, T* y, int64_t stride) {
       }
 #endif
   for (int64_t i = 0; i < rows; i++)
-    for (int64_t e = i < from ? width / LANES_OF<T> * LANES_OF<T> : 0; e < width; e++) y[e * stride + i] = x[i * width + e];
+    for (int64_t e = i < from ? width / LANES_OF<T> * LANES_OF<T> : 0; e < width; e++) y[e * stride + i] = one(x + i * width + e);
+}
+
+// y (+)= a x: y is rows x width, a rows x inner at any strides, x inner x width; width a multiple of the lanes.
+// Lower: only inner <= row counts, upper: only inner >= row; what a tile takes in beyond the diagonal must be 0 in a.
+enum class Part { all, lower, upper };
+template <Part part, typename E, typename T>
+void product(const E* a, int64_t a_row, int64_t a_inner, const E* x, T* y, int64_t rows, int64_t inner, int64_t width, bool add) {
+  constexpr int64_t LANES = LANES_OF<T>, TILE = 4;  // rows
+  for (int64_t i = 0; i < rows; i += TILE) {
+    const int64_t from = part == Part::upper ? i : 0, to = part == Part::lower ? std::min(i + TILE, inner) : inner;
+    const int64_t some = std::min(TILE, rows - i);
+    const E* row[TILE];
+    for (int64_t r = 0; r < TILE; r++) row[r] = a + (i + std::min(r, some - 1)) * a_row;
+    const auto tile = [&](int64_t e, auto vectors) INLINE_LAMBDA {
+      vec<T> sum[TILE][vectors];
+      for (int r = 0; r < TILE; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = vec<T>{};
+      for (int64_t j = from; j < to; j++) {
+        vec<E> z[vectors];
+        for (int v = 0; v < vectors; v++) z[v] = load(x + j * width + e + v * LANES);
+        for (int r = 0; r < TILE; r++)
+          for (int v = 0; v < vectors; v++) sum[r][v] = fma(all(one(row[r] + j * a_inner)), z[v], sum[r][v]);
+      }
+      for (int r = 0; r < TILE; r++)
+        for (int v = 0; v < vectors; v++) {
+          T* at = y + (i + r) * width + e + v * LANES;
+          if (r < some) store(add ? load(at) + sum[r][v] : sum[r][v], at);
+        }
+    };
+    int64_t e = 0;
+    for (; e + 2 * LANES <= width; e += 2 * LANES) tile(e, std::integral_constant<int, 2>());
+    if (e < width) tile(e, std::integral_constant<int, 1>());
+  }
 }
