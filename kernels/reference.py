@@ -212,6 +212,7 @@ def attend(
 
     Computed in float32, or float64 if that is what is given; without any real key both are 0.
     """
+    k_BHKW, v_BHKW = of_real(k_BHKW, real_BK), of_real(v_BHKW, real_BK)
     score_BHQK = scores(q_BHQW, k_BHKW, real_BK)
     level_BHQ = score_BHQK.logsumexp(3) if score_BHQK.shape[3] else score_BHQK.new_full(q_BHQW.shape[:3], -torch.inf)
     level_BHQ = level_BHQ.masked_fill(level_BHQ == -torch.inf, 0)
@@ -221,12 +222,17 @@ def attend(
 
 def attend_backward(grad_BHQW, q_BHQW, k_BHKW, v_BHKW, real_BK, y_BHQW, level_BHQ):
     """Gradients of q, k and v, in their format, given that of y, y itself and the logarithms of its denominators."""
+    k_BHKW, v_BHKW = of_real(k_BHKW, real_BK), of_real(v_BHKW, real_BK)
     score_BHQK = scores(q_BHQW, k_BHKW, real_BK)
     q, k, v, y, grad = (t.to(score_BHQK.dtype) for t in (q_BHQW, k_BHKW, v_BHKW, y_BHQW, grad_BHQW))
     share_BHQK = (score_BHQK - level_BHQ[..., None]).exp()
     g_score_BHQK = share_BHQK * (grad @ v.mT - (grad * y).sum(3, keepdim=True)) * max(1, q.shape[3]) ** -0.5
     found = g_score_BHQK @ k, g_score_BHQK.mT @ q, share_BHQK.mT @ grad
     return tuple(heads_beside(t, q_BHQW.dtype) for t in found)
+
+
+def of_real(x_BHKW: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
+    return x_BHKW if real_BK is None else x_BHKW.masked_fill(~real_BK[:, None, :, None], 0)  # even of NaN
 
 
 def scores(q_BHQW: torch.Tensor, k_BHKW: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:

@@ -441,12 +441,13 @@ def test_attention_with_keys_hidden_is_that_without_them(dtype):
     k[:, :, ~real_BK[0]], v[:, :, ~real_BK[0]] = torch.nan, torch.inf
     some = [q, k[:, :, real_BK[0]], v[:, :, real_BK[0]]]
     y, level = torch.ops.berger.attend(q, k, v, real_BK)
-    assert torch.equal(y, kernels.attend(*some))
+    close(y, kernels.attend(*some).double(), ROUNDING[dtype])
     grads = torch.ops.berger.attend_backward(grad, q, k, v, real_BK, y, level)
     meant = torch.ops.berger.attend_backward(grad, *some, None, y, level)
-    assert torch.equal(grads[0], meant[0])
+    close(grads[0], meant[0].double(), ROUNDING[dtype])
     for mine, theirs in zip(grads[1:], meant[1:], strict=True):
-        assert torch.equal(mine[:, :, real_BK[0]], theirs) and not mine[:, :, ~real_BK[0]].any()
+        close(mine[:, :, real_BK[0]], theirs.double(), ROUNDING[dtype])
+        assert not mine[:, :, ~real_BK[0]].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
