@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import kernels
 from lib.attention import attend
 
+DTYPES = [torch.float32, torch.bfloat16]
+
 
 def inputs(windows: int, heads: int, queries: int, keys: int, width: int) -> list[torch.Tensor]:
     """Queries, keys, values and a gradient that bfloat16 holds exactly, as float64."""
@@ -23,10 +25,11 @@ def results(way, tensors, dtype: torch.dtype, keys: torch.Tensor | None) -> list
     return [x.detach().double() for x in (out, *(leaf.grad for leaf in leaves))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 2, 7, 7, 32), (3, 4, 1, 19, 16), (4, 2, 33, 5, 32)])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "some"])
-def test_as_a_float64_reference(shape, masked, dtype):
+def test_as_a_float64_reference(monkeypatch, shape, masked, dtype):
+    monkeypatch.setattr(kernels, "path", lambda: "c++ (avx512)")  # whatever runs it here
     tensors, real_BK = inputs(*shape), None
     if masked:
         real_BK = torch.rand(shape[0], shape[3], generator=torch.Generator().manual_seed(1)) < 0.6
@@ -43,13 +46,14 @@ def test_bfloat16_is_the_kernels_and_everything_else_torchs(monkeypatch):
     q, k, v, _ = inputs(2, 2, 9, 9, 8)
     asked = []
     monkeypatch.setattr(kernels, "attend", lambda *x: asked.append(x) or x[0])
-    monkeypatch.setattr(kernels, "path", lambda: "c++ (generic)")
+    monkeypatch.setattr(kernels, "path", lambda: "c++ (avx512)")
     attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert len(asked) == 1
-    monkeypatch.setattr(kernels, "path", lambda: "reference")  # no compiler: torch's takes less memory
-    for dtype in (torch.float32, torch.bfloat16):
-        three = [x.to(dtype) for x in (q, k, v)]
-        assert torch.equal(attend(*three), F.scaled_dot_product_attention(*three))
+    for path, dtypes in {"c++ (avx512)": [torch.float32], "c++ (avx2)": DTYPES, "reference": DTYPES}.items():
+        monkeypatch.setattr(kernels, "path", lambda path=path: path)
+        for dtype in dtypes:
+            three = [x.to(dtype) for x in (q, k, v)]
+            assert torch.equal(attend(*three), F.scaled_dot_product_attention(*three))
     assert len(asked) == 1
 
 

@@ -54,6 +54,15 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
         assert (actual.double() - expected).abs().max() <= tolerance * max(float(expected.detach().abs().max()), 1.0)
 
 
+def same_on_three_threads(work) -> None:
+    expected = work()
+    try:
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(work(), expected, strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
 # ----------------------------------------------------------------------------
 # selective scan
 
@@ -140,12 +149,7 @@ def test_scan_is_the_same_on_any_number_of_threads():
         y = torch.ops.berger.selective_scan(*inputs, 9)
         return [y, *torch.ops.berger.selective_scan_backward(g, *inputs, y, 9)]
 
-    expected = both()
-    try:
-        torch.set_num_threads(3)
-        assert all(torch.equal(a, b) for a, b in zip(both(), expected, strict=True))
-    finally:
-        torch.set_num_threads(1)
+    same_on_three_threads(both)
 
 
 # ----------------------------------------------------------------------------
@@ -195,13 +199,7 @@ def test_tokens_are_the_models():
 def test_tokens_gradients_are_the_same_on_any_number_of_threads():
     *_, ids = token_case(90, 5, 4, 30, 37)
     grad = torch.randn(90, 30, 37)
-    expected = torch.ops.berger.embed_tokens_backward(grad, ids, 5, 4, True, True, True)
-    try:
-        torch.set_num_threads(3)
-        again = torch.ops.berger.embed_tokens_backward(grad, ids, 5, 4, True, True, True)
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    same_on_three_threads(lambda: torch.ops.berger.embed_tokens_backward(grad, ids, 5, 4, True, True, True))
 
 
 def test_tokens_mix_formats_and_strides():
@@ -480,12 +478,7 @@ def test_attention_is_the_same_on_any_number_of_threads():
         y, level = torch.ops.berger.attend(q, k, v, real_BK)
         return [y, *torch.ops.berger.attend_backward(grad, q, k, v, real_BK, y, level)]
 
-    expected = both()
-    try:
-        torch.set_num_threads(3)
-        assert all(torch.equal(a, b) for a, b in zip(both(), expected, strict=True))
-    finally:
-        torch.set_num_threads(1)
+    same_on_three_threads(both)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
