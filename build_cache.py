@@ -378,7 +378,7 @@ def _crop(y_CT: np.ndarray, segments: list, signal: dict, crop: tuple | None) ->
 def cache_recording(task: Task) -> dict:
     """Cache one source, or quarantine it; either way a part file says so, unless the file could not be read at all."""
     source, signal = task.source, task.signal
-    filters.keep_freed_memory()
+    command.keep_freed_memory()
     part = {"key": source.key, "signal": store.digest(signal), "rules": source_rules(source)}
     part_path = task.directory / "parts" / f"{store.key_hash(source.key)}.json"
     try:

@@ -8,6 +8,7 @@ Imports no torch and no MNE, so that `--help` and the cache builder start at onc
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import io
 import itertools
@@ -191,6 +192,14 @@ def _unboxed(text: str) -> str:
     lines = [line for line in lines if line and not re.match(r"[╭╰+]", line)]
     rule = next((i for i, line in enumerate(lines) if re.fullmatch(r"[─-]+", line)), len(lines))
     return f"{' '.join(lines[:rule]).rstrip('.')}; see --help"
+
+
+def keep_freed_memory() -> None:
+    """For a process that allocates the same large arrays again and again: freed memory stays in it, where glibc would fetch it anew, page by page."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older ones take no more than that
 
 
 @contextlib.contextmanager

@@ -9,8 +9,6 @@ Shapes: C channels, T samples, K output samples, J taps, F frequencies.
 """
 
 import copy
-import ctypes
-import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -87,14 +85,6 @@ def notch_taps(rate_hz: float, notch_hz: Notch) -> np.ndarray:
 
 # ----------------------------------------------------------------------------
 # zero phase: one FFT for filter and resampler
-
-
-def keep_freed_memory() -> None:
-    """For a worker to call once: freed memory stays here, where glibc would fetch it anew at the price of the FFTs."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum
 
 
 @dataclass(frozen=True)

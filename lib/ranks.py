@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lib.command import keep_freed_memory
 from lib.errors import Unusable
 
 
@@ -95,6 +96,7 @@ class Ranks:
 
 def join(device: str = "auto") -> Ranks:
     """Find out about the other processes and the device. Raises Unusable for a device that isn't there."""
+    keep_freed_memory()  # a step's activations and gradients are the same every time
     rank, world, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )

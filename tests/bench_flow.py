@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from lib import flow
+from lib.command import keep_freed_memory
 from lib.conditions import Condition
 from lib.flops import count_flops, matmul_rate
 from lib.models import Architecture, build_encoder
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["step", "rate", "memory", "sample"])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    keep_freed_memory()  # as the command does
     benches = {"step": bench_step, "rate": bench_rate, "memory": lambda _: bench_memory(), "sample": bench_sample}
     found = {"threads": torch.get_num_threads(), "torch": torch.__version__, "load": os.getloadavg()[0]}
     for part in args.parts:

@@ -45,6 +45,7 @@ import train_jepa
 from kernels.bench import machine
 from lib.batches import Part
 from lib.channels import POSITIONS, PROFILES
+from lib.command import keep_freed_memory
 from lib.flops import StepCost
 from lib.masks import draw_masks
 from lib.models import Architecture, build_encoder
@@ -380,7 +381,9 @@ def main(cfg: Config) -> dict:
         "load": os.getloadavg()[0],
         "config": json.loads(json.dumps(dataclasses.asdict(cfg), default=str)),
     }
-    for name in cfg.parts:
+    for name in sorted(cfg.parts, key=lambda name: name != "peers"):  # the peers first: they keep no memory
+        if name != "peers":
+            keep_freed_memory()  # as the command does
         results[name] = {"peers": compare_peers, "share": share, "profile": profile}[name](cfg)
     return results
 

@@ -113,3 +113,26 @@ def test_a_loss_of_all_windows_has_the_same_gradient_however_they_are_shared(fol
         torch.testing.assert_close(its_loss, loss.detach())
         for ours, theirs in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+REUSE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+from lib.ranks import join
+
+join("cpu")
+for step in range(30):
+    if step == 25:  # the heap has found its size
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's way to keep memory")
+def test_memory_of_one_step_is_still_there_in_the_next():
+    """64 MB are 16,384 pages: given back and fetched anew, as glibc does by itself, they would cost a fault each in each of five steps."""
+    words = [sys.executable, "-c", REUSE.format(root=str(ROOT))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert int(done.stdout) < 16384, done.stderr
