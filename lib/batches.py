@@ -37,6 +37,12 @@ class Part:
         x_BCT = self.x_BCT if self.mask_BC is None else self.x_BCT[self.mask_BC]
         return x_BCT.reshape(-1, patch)
 
+    def some(self, rows: list[int]) -> "Part":
+        """Some of its windows, before anything is hidden in them."""
+        mask_BC = None if self.mask_BC is None else self.mask_BC[rows]
+        tensors = (self.x_BCT[rows], self.positions_BC3[rows], mask_BC, self.index_B[rows], self.recording_B[rows])
+        return Part(*tensors, kept_BC=self.kept_BC[rows])
+
     def to(self, device: torch.device) -> "Part":
         """The same on another device."""
         if device.type == "cpu":

@@ -61,15 +61,37 @@ class Regular:
         return 2 * (side_BMT.real * low_BMT.real - side_BMT.imag * low_BMT.imag).sum(1) * known_B1
 
 
-def lines(x_BT: torch.Tensor, rhythm_BQ: torch.Tensor, sides: int, loud: bool = True) -> torch.Tensor:
-    """Signal and, unless it isn't `loud`, envelope of windows at the sums of two rhythms' harmonics, tapered, complex (B, K, M, N)."""
-    both_BKT = x_BT[:, None]
-    if loud:
-        loud_BT = envelope(x_BT[:, None])
-        both_BKT = torch.stack([x_BT, loud_BT - loud_BT.mean(1, keepdim=True)], 1)
-    both_BKT = both_BKT * torch.hann_window(x_BT.shape[1], dtype=x_BT.dtype)
+def lines(x_BT: torch.Tensor, rhythm_BQ: torch.Tensor, sides: int) -> torch.Tensor:
+    """Signal and envelope of windows at the sums of two rhythms' harmonics, tapered, complex (B, K, M, N)."""
     low_BMT, high_BNT = _carriers(-rhythm_BQ, x_BT.shape[1], sides)
-    return torch.einsum("bknt,bmt->bkmn", both_BKT[:, :, None] * high_BNT[:, None], low_BMT)
+    return torch.einsum("bknt,bmt->bkmn", _tapered(x_BT)[:, :, None] * high_BNT[:, None], low_BMT)
+
+
+def _tapered(x_BT: torch.Tensor) -> torch.Tensor:
+    """Signal and envelope of windows, tapered (B, K, T)."""
+    loud_BT = envelope(x_BT[:, None])
+    both_BKT = torch.stack([x_BT, loud_BT - loud_BT.mean(1, keepdim=True)], 1)
+    return both_BKT * torch.hann_window(x_BT.shape[1], dtype=x_BT.dtype)
+
+
+class _Tones:
+    """Cosines and sines at the sums of two rhythms' harmonics: of windows that share their rhythms, lines and waves are matrix products."""
+
+    def __init__(self, hz_Q: torch.Tensor, samples: int):
+        low_1MT, high_1NT = _carriers(hz_Q[None], samples, SIDEBANDS)
+        tone_MNT = low_1MT[0, :, None] * high_1NT[0]
+        self.orders = tone_MNT.shape[:2]
+        self.wave_2XT = torch.view_as_real(tone_MNT).flatten(0, 1).permute(2, 0, 1).contiguous()
+
+    def lines(self, x_BKT: torch.Tensor) -> torch.Tensor:
+        """Complex (B, K, M, N)."""
+        real, imaginary = (x_BKT @ wave_XT.T for wave_XT in self.wave_2XT)
+        return torch.complex(real, -imaginary).unflatten(2, self.orders)
+
+    def wave(self, amplitude_BMN: torch.Tensor) -> torch.Tensor:
+        """The signal (B, T) of these complex amplitudes."""
+        part_2BX = torch.view_as_real(amplitude_BMN.flatten(1)).permute(2, 0, 1)
+        return 2 * (part_2BX[0] @ self.wave_2XT[0] - part_2BX[1] @ self.wave_2XT[1])
 
 
 def _carriers(
@@ -149,7 +171,8 @@ def learn(
     """
     hz_Q = torch.from_numpy(rhythm_Q)
     rhythm_NQ = hz_Q.expand(len(x_NT), -1)
-    line_NKMN = torch.cat([lines(x_ST, hz_Q[None], SIDEBANDS) for x_ST in x_NT.split(SOME)])
+    tones = _Tones(hz_Q, x_NT.shape[1])
+    line_NKMN = tones.lines(_tapered(x_NT))
     all_KMN = _orders(hz_Q, x_NT.shape[1])
     clear_KMN = all_KMN * ~_outer(SIDEBANDS)
     turn_NQ = _followed(line_NKMN, clear_KMN / (line_NKMN.abs().square().mean(0) + 1e-12), hz_Q, hop)
@@ -163,7 +186,7 @@ def learn(
         return turn_NQ, tables
 
     def with_wave(turn_NQ: torch.Tensor, tables: tuple, counts_KMN: torch.Tensor, times: int) -> tuple[tuple, float]:
-        wave_MN, share = _wave_of(x_NT, line_NKMN[:, :1], rhythm_NQ, turn_NQ, counts_KMN[:1], hops, times)
+        wave_MN, share = _wave_of(x_NT, line_NKMN[:, :1], tones, turn_NQ, counts_KMN[:1], hops, times)
         return (*tables, wave_MN), share
 
     clear = settled(turn_NQ, clear_KMN, PASSES)
@@ -183,21 +206,21 @@ def _mean(turned_NKMN: torch.Tensor, counts_KMN: torch.Tensor, hops: float) -> t
     return mean_KMN * sure_KMN, counts_KMN / (spread_KMN + 1e-12)
 
 
-def _wave_of(x_NT, line_N1MN, rhythm_NQ, turn_NQ, counts_1MN, hops: float, times: int):
+def _wave_of(x_NT, line_N1MN, tones: _Tones, turn_NQ, counts_1MN, hops: float, times: int):
     """
     The wave (M, N) that windows of these lines and phases repeat, and the share of their power that it is.
 
     Orders whose frequencies a window can't tell apart hear each other. Over many windows phases that come and go keep them apart, those that don't
     are counted twice: so a wave is what all orders explain of what is left, over and over, as far as it makes less of it (Landweber 1951).
     """
-    both_NQ2, everyone_N = torch.stack([rhythm_NQ, turn_NQ], 2), np.zeros(len(x_NT), np.int64)
-    turned_N1MN, left_NT, wave_MN = _turned(turn_NQ).conj(), x_NT, torch.zeros(())
+    turned_N1MN, left_NT, wave_MN = _turned(turn_NQ), x_NT, torch.zeros(())
+    taper_T = torch.hann_window(x_NT.shape[1], dtype=x_NT.dtype)
     for i in range(times):
         if i:
-            line_N1MN = torch.cat([lines(x_ST, rhythm_NQ[:1], SIDEBANDS, False) for x_ST in left_NT.split(SOME)])
-        mean_1MN, _ = _mean(line_N1MN * turned_N1MN, counts_1MN, hops)
+            line_N1MN = tones.lines((left_NT * taper_T)[:, None])
+        mean_1MN, _ = _mean(line_N1MN * turned_N1MN.conj(), counts_1MN, hops)
         step_1MN = mean_1MN * (counts_1MN > 0) / (0.5 * x_NT.shape[1])
-        own_NT = Regular(mean_1MN, counts_1MN, step_1MN).wave(both_NQ2, everyone_N, x_NT.shape[1])
+        own_NT = tones.wave((step_1MN * turned_N1MN)[:, 0])
         part = float(((left_NT * own_NT).sum() / (own_NT.square().sum() + 1e-12)).clamp(0, 1))
         left_NT, wave_MN = left_NT - part * own_NT, wave_MN + part * step_1MN[0]
     return wave_MN, 1 - float(left_NT.square().sum() / (x_NT.square().sum() + 1e-12))

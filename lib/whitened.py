@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lib import conditions
+from lib.batches import Part
 from lib.corpus import Corpus, even, fit_corpus, for_strangers
 from lib.errors import Unusable
 from lib.lineage import digest
@@ -23,6 +24,7 @@ SEEN, LEAST, ALL = (
     32,
     2**14,
 )  # windows that `fit_rest` measures: most and fewest of a group; about so many of all groups, or channels
+REMEMBERED = 2**26  # samples of white windows, 256 MB
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Target:
 
     def __post_init__(self):
         self.place_RC = self.corpus.places(self.whiten.channels)  # which of the filters' channels are a recording's
+        self._made = {}  # (recording, start): white window and codes, where they take longer to make than to learn from
 
     def read(
         self,
@@ -62,21 +65,43 @@ class Target:
         step: int,
     ) -> list[White]:
         """Windows in micro-batches; which channels a window keeps depends on (seed, step, index) alone."""
-        found, group_R, whiten = [], self.group_R, self.whiten
+        found = []
         for part in self.corpus.read(recording_B, start_B, index_B, max_channels, micro, seed, step):
-            row_B = part.recording_B
-            place_BC = np.take_along_axis(self.place_RC[row_B], part.kept_BC.numpy(), 1)
-            x1_BCT, level_B = whiten.whiten(part.x_BCT, group_R[row_B], part.mask_BC, self.level, place_BC)
-            code_BF = self.code_RF[torch.from_numpy(row_B)]
-            code_BF[:, -1] = level_B if self.level else math.nan
-            rhythm_BQ2 = whiten.rhythms(x1_BCT, group_R[row_B], part.mask_BC)
-            if rhythm_BQ2.shape[1] and x1_BCT.shape[1] == 1:
-                x1_BCT = x1_BCT - whiten.repeated(rhythm_BQ2, group_R[row_B], x1_BCT.shape[2])
-            x1_BCT = whiten.settled(x1_BCT, group_R[row_B])
+            own_B = start_B[np.searchsorted(index_B, part.index_B)]
+            x1_BCT, code_BX = self._known(part, own_B) if self._slow(part) else self._make(part)
             raw_BCT = part.x_BCT[:, :, self.corpus.before :].contiguous()
-            code_BX = torch.cat([code_BF, rhythm_BQ2], 1)
-            found.append(White(x1_BCT, code_BX, raw_BCT, part.positions_BC3, part.mask_BC, row_B, part.index_B))
+            of = (part.positions_BC3, part.mask_BC, part.recording_B, part.index_B)
+            found.append(White(x1_BCT, code_BX, raw_BCT, *of))
         return found
+
+    def _slow(self, part: Part) -> bool:
+        """Whether the phases of what a machine repeats are looked for: such windows have one channel, which is always kept."""
+        return self.whiten.repeats is not None and part.x_BCT.shape[1] == 1
+
+    def _known(self, part: Part, start_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_make` for windows of one channel, of which those met before are remembered."""
+        keys = [*zip(part.recording_B.tolist(), start_B.tolist(), strict=True)]
+        new, made = [b for b, key in enumerate(keys) if key not in self._made], {}
+        if new:
+            made = {keys[b]: (x1_CT, code_X) for b, x1_CT, code_X in zip(new, *self._make(part.some(new)), strict=True)}
+        x1_BCT, code_BX = (
+            torch.stack(rows) for rows in zip(*(made.get(k) or self._made[k] for k in keys), strict=True)
+        )
+        if len(self._made) * x1_BCT.shape[2] < REMEMBERED:
+            self._made |= {key: (x1_CT.clone(), code_X.clone()) for key, (x1_CT, code_X) in made.items()}
+        return x1_BCT, code_BX
+
+    def _make(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """White windows (B, C, T) and their codes (B, X)."""
+        row_B, group_B, whiten = part.recording_B, self.group_R[part.recording_B], self.whiten
+        place_BC = np.take_along_axis(self.place_RC[row_B], part.kept_BC.numpy(), 1)
+        x1_BCT, level_B = whiten.whiten(part.x_BCT, group_B, part.mask_BC, self.level, place_BC)
+        code_BF = self.code_RF[torch.from_numpy(row_B)]
+        code_BF[:, -1] = level_B if self.level else math.nan
+        rhythm_BQ2 = whiten.rhythms(x1_BCT, group_B, part.mask_BC)
+        if rhythm_BQ2.shape[1] and x1_BCT.shape[1] == 1:
+            x1_BCT = x1_BCT - whiten.repeated(rhythm_BQ2, group_B, x1_BCT.shape[2])
+        return whiten.settled(x1_BCT, group_B), torch.cat([code_BF, rhythm_BQ2], 1)
 
 
 def fit_target(

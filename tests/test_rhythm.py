@@ -1,6 +1,7 @@
 """lib/rhythm.py: the rhythms of knocking signals are found and of noise are not, phases follow the clock, and a network is told both."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import conditions, flow, generator, rhythm, whitening
+from lib import conditions, flow, generator, rhythm, whitened, whitening
 from lib.conditions import Condition
 from lib.corpus import Corpus, for_strangers
 from lib.errors import Unusable
 from lib.models import Architecture
 from lib.velocity import Shape, build_velocity
+from lib.whitened import fit_target
 from tests import recipes
 from tests.test_train_flow import RULE, TINY
 from tests.test_velocity import disturbed
@@ -209,6 +211,32 @@ def test_a_flow_with_rhythms_trains_samples_straightens_and_scores(machines, tmp
         main(Config(model=told["model"], score=True, cache=(str(machines),), hold_out="time", healthy="subject=nobody"))
     plain = trained(machines, tmp_path / "plain", steps=2, rhythms=0)
     assert generator.load_model(plain["model"])[0].clock is None
+
+
+def test_windows_whose_phases_were_looked_for_are_remembered_whoever_shares_the_batch(machines, monkeypatch):
+    corpus = Corpus((machines,), 512, 8, 128, True, 0.6)
+    columns = dict(label=(), domain=(), speed="", traits=())
+    how = dict(by_recording=True, order=16, rhythms=2, unmix=False, level=True, hum=True, flatten=True)
+    fit = partial(fit_target, corpus, **columns, **how)
+
+    def read(target, recordings, starts, micro=8):
+        where = np.array(recordings), np.array(starts), np.arange(len(starts))
+        return [(w.x1_BCT, w.code_BX, w.raw_BCT) for w in target.read(*where, 0, micro, 0, 0)]
+
+    known, told = fit()[0], [0, 2, 1, 0, 2]
+    starts = [600, 4000, 900, 600, 5000]
+    assert known.whiten.repeats is not None
+    together = [torch.cat(parts) for parts in zip(*read(known, told, starts, 2), strict=True)]
+    for i in range(5):
+        alone = read(fit()[0], told[i : i + 1], starts[i : i + 1])[0]
+        assert all(torch.equal(a[0].nan_to_num(7), b[i].nan_to_num(7)) for a, b in zip(alone, together, strict=True))
+    monkeypatch.setattr(known.whiten, "rhythms", lambda *_: pytest.fail("looked for again"))
+    again = [torch.cat(parts) for parts in zip(*read(known, told, starts), strict=True)]
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(again, together, strict=True))
+    monkeypatch.setattr(whitened, "REMEMBERED", 0)
+    forgetful = fit()[0]
+    read(forgetful, told, starts)
+    assert not forgetful._made
 
 
 @pytest.mark.slow
