@@ -49,14 +49,17 @@ def uniform(seed: int, step: int, index_B: np.ndarray, width: int, purpose: str)
 
 def choose_channels(mask_BC: torch.Tensor, most: int, seed: int, step: int, index_B: np.ndarray) -> torch.Tensor:
     """
-    Channel ids (B, C') int64 in ascending order: at most `most` good channels of each window, drawn at random (0: all of them).
+    Channel ids (B, C') int64: at most `most` good channels of each window in ascending order, drawn at random (0: all of them).
 
-    C' is the largest number that any window keeps; windows with fewer are filled up with masked channels.
+    C' is the largest number that any window keeps; windows with fewer are filled up with masked channels behind their own: what is drawn for a
+    channel goes by its place, and that must not depend on which windows share the micro-batch.
     """
     good_BC = mask_BC.numpy()
     keep = min(int(good_BC.sum(1).max()), most or good_BC.shape[1])
     order_BC = np.where(good_BC, uniform(seed, step, index_B, good_BC.shape[1], "channels") if most else 0.0, 1.0)
-    return torch.from_numpy(np.sort(np.argsort(order_BC, axis=1, kind="stable")[:, :keep], axis=1))
+    kept_BC = np.argsort(order_BC, axis=1, kind="stable")[:, :keep]
+    behind_BC = np.where(np.take_along_axis(good_BC, kept_BC, 1), 0, good_BC.shape[1])
+    return torch.from_numpy(np.sort(kept_BC + behind_BC, axis=1) % good_BC.shape[1])
 
 
 def draw_masks(

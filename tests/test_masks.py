@@ -166,8 +166,11 @@ def test_channels_are_chosen_among_good_ones_and_packed_together():
     mask_BC = torch.zeros(3, 10, dtype=torch.bool)
     mask_BC[0, :8] = mask_BC[1, 2:7] = mask_BC[2, 9] = True
     kept_BC = choose_channels(mask_BC, 4, 0, 0, np.arange(3))
-    assert kept_BC.shape == (3, 4) and (kept_BC.diff(dim=1) > 0).all()
+    assert kept_BC.shape == (3, 4) and (kept_BC[:2].diff(dim=1) > 0).all() and kept_BC[2, 0] == 9
     assert mask_BC.gather(1, kept_BC).sum(1).tolist() == [4, 4, 1]
+    for i in range(3):
+        alone_BC = choose_channels(mask_BC[i : i + 1], 4, 0, 0, np.array([i]))
+        assert alone_BC[0].tolist() == kept_BC[i, : alone_BC.shape[1]].tolist()
     draws = {tuple(choose_channels(mask_BC, 4, 0, step, np.arange(3))[0].tolist()) for step in range(200)}
     assert set().union(*draws) == set(range(8)) and len(draws) > 50
     everything = choose_channels(mask_BC, 0, 0, 0, np.arange(3))
