@@ -407,7 +407,12 @@ def main(cfg: Config) -> dict | None:
 
     cost = StepCost(lambda part: model(part.to(device)), model)
     rate = matmul_rate(DTYPES[state["dtype"]], device)
-    loader = Prefetch(lambda s: draw(cache, sampler, share, cfg, state["micro"], patch, s), state["step"], steps)
+    loader = Prefetch(
+        lambda s: draw(cache, sampler, share, cfg, state["micro"], patch, s),
+        state["step"],
+        steps,
+        shares=ranks.device.type == "cpu",
+    )
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
     pace, compared = Pace(device), None
     for step, views in loader:

@@ -456,7 +456,7 @@ def main(cfg: Config) -> dict | None:
         run.save(state, modules, optimizer)
     cost = StepCost(lambda part: model(part.to(device), cfg.predict)[0], model)
     rate = matmul_rate(DTYPES[state["dtype"]], device)
-    loader = Prefetch(batch_of, state["step"], steps)
+    loader = Prefetch(batch_of, state["step"], steps, shares=ranks.device.type == "cpu")
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
     pace, compared, told, pull_BE = Pace(device), -1, 0.0, None
     for step, parts in loader:

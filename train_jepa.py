@@ -356,7 +356,7 @@ def main(cfg: Config) -> dict | None:
         known_K = known_labels(trait_RK, train.locate(ids)[0])  # in the global batch
         return draw(train, ids[share], share, cfg, state["micro"], patch, step), known_K
 
-    loader = Prefetch(batch_of, state["step"], steps)
+    loader = Prefetch(batch_of, state["step"], steps, shares=ranks.device.type == "cpu")
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
     pace, regularised_step, regularised, pull_BD = Pace(device), -1, 0.0, None
     for step, (parts, known_K) in loader:

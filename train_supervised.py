@@ -418,7 +418,12 @@ def fit(
             return None
         return offsets(classical.subjects(cache, train.locate(sampler.ids(step)[piece.part.index_B])[0]))
 
-    loader = Prefetch(lambda step: draw(step, share, state["micro"], cfg.move_s), state["step"], steps)
+    loader = Prefetch(
+        lambda step: draw(step, share, state["micro"], cfg.move_s),
+        state["step"],
+        steps,
+        shares=ranks.device.type == "cpu",
+    )
     bar = tqdm(total=steps, initial=state["step"], unit="step", disable=not ranks.first, dynamic_ncols=True)
     pace = Pace(device)
     for step, (pieces, known_K) in loader:

@@ -8,17 +8,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from threadpoolctl import threadpool_limits
+
 
 class Prefetch:
     """
     Pairs of step and `draw(step)` for step = first, first + 1, … last - 1, at most `depth` ahead.
 
-    Errors are raised where the batch is asked for. `seek` makes the same loop go on from another step.
+    Errors are raised where the batch is asked for. `seek` makes the same loop go on from another step. Where steps compute on the CPU (`shares`),
+    batches are drawn by an eighth of the threads: two teams of threads on the same cores wait for each other at every operation.
     """
 
-    def __init__(self, draw: Callable[[int], Any], first: int, last: int, depth: int = 2):
+    def __init__(self, draw: Callable[[int], Any], first: int, last: int, depth: int = 2, shares: bool = False):
         self.waited_s = 0.0
-        self._draw, self._last, self._depth = draw, last, depth
+        self._draw, self._last, self._depth, self._shares = draw, last, depth, shares
         self._start(first)
 
     def _start(self, first: int) -> None:
@@ -29,6 +33,13 @@ class Prefetch:
         self._thread.start()
 
     def _work(self, first: int) -> None:
+        threads = (
+            torch.get_num_threads()
+        )  # the first question in a thread gives it all of them: so before they are limited
+        with threadpool_limits(max(threads // 8, 1) if self._shares else None, "openmp"):
+            self._fill(first)
+
+    def _fill(self, first: int) -> None:
         for step in range(first, self._last):
             try:
                 item, error = self._draw(step), None

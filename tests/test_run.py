@@ -508,3 +508,20 @@ def test_prefetch_stops_while_it_waits_for_a_slow_consumer():
     next(loader)
     loader.close()
     assert len(drawn) < 10 and loader.waited_s >= 0
+
+
+def test_batches_are_drawn_by_few_threads_where_steps_compute_on_the_same_cores():
+    code = """
+import torch
+from threadpoolctl import threadpool_info
+from lib.prefetch import Prefetch
+
+def threads(step):
+    torch.ones(2**20).exp().sum()
+    return max(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp")
+
+torch.set_num_threads(9)
+print([next(Prefetch(threads, 0, 1, shares=shares))[1] for shares in (False, True)], threads(0), torch.get_num_threads())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout.strip() == "[9, 1] 9 9", told.stderr
