@@ -49,7 +49,7 @@ from lib.flops import StepCost, matmul_rate
 from lib.grid import mean_of, take
 from lib.lineage import auxiliary_targets, check_leak, trained_on, waveform_factor
 from lib.losses import layer_normed, loss_latent
-from lib.masks import draw_masks
+from lib.masks import check_tokens, draw_masks
 from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
 from lib.models import save_encoder, signal_meta, start_encoder
 from lib.optim import ema_momentum, ema_update, layer_groups, warmup_cosine
@@ -332,6 +332,10 @@ def main(cfg: Config) -> dict | None:
         raise Unusable(
             f"--film-step-s {cfg.film_step_s:g} is {moment:g} samples at {cache.rate_hz:g} Hz, no whole number"
         )
+    if cfg.jepa:  # of which dropout may leave one channel
+        check_tokens(
+            cache, cache.long_enough("train", samples), 1 if cfg.dropout else cfg.max_channels, samples // patch
+        )
     check_leak(lineage, [cache.recordings[i].subject for i in held], (), cfg.allow_leak)
     told = () if cfg.allow_leak else auxiliary_targets(lineage)  # not to be probed
     paired = () if cfg.allow_leak else labels_of(parse_shares(cfg.pairs))  # on val alone
@@ -341,7 +345,7 @@ def main(cfg: Config) -> dict | None:
     steps = cfg.steps or steps_of(cfg.epochs, anchors, cfg.batch)
     warmup, probe_every = max(1, round(cfg.warmup * steps)), steps_of(cfg.probe_epochs, anchors, cfg.batch)
 
-    run = Run(cfg, __file__, ranks)
+    run = Run(cfg, __file__, ranks, cache.fingerprint)
     if not held:
         run.say(without_val(len(cache.rows(["val"])), f"{cfg.window_s:g} s"))
     try:

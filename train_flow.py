@@ -404,7 +404,7 @@ def main(cfg: Config) -> dict | None:
     steps = cfg.steps or steps_of(cfg.epochs, len(train), cfg.batch)
     warmup = max(1, round(cfg.warmup * steps))
 
-    run = Run(cfg, __file__, ranks)
+    run = Run(cfg, __file__, ranks, corpus.fingerprint)
     if not held:
         told = without_val(len(corpus.rows("val")), f"{corpus.before + cfg.window} samples")
         run.say(f"{told}; --hold-out time holds the end of every recording out")

@@ -15,6 +15,7 @@ Shape letters: B windows, C channels, T samples, P patches per channel, N = C * 
 
 import copy
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from lib.errors import Failed, Unusable
 from lib.flops import StepCost, matmul_rate
 from lib.lineage import auxiliary_targets, check_leak, trained_on
 from lib.losses import layer_normed, loss_latent, loss_sigreg, loss_vicreg
-from lib.masks import draw_masks
+from lib.masks import check_tokens, draw_masks
 from lib.metrics import collapsed, effective_rank, feature_std, variance_shares
 from lib.models import save_encoder, signal_meta, start_encoder, take
 from lib.optim import decay_groups, ema_momentum, ema_update, warm_restarts, warmup_cosine
@@ -121,8 +122,9 @@ def choose_sampler(cfg: Config, windows: Windows):
     recordings = windows.cache.recordings
     try:
         if cfg.dataset_weights:
-            weights = {name: float(share) for name, _, share in (text.partition("=") for text in cfg.dataset_weights)}
-            return DatasetSampler(windows.ranges([r.dataset for r in recordings]), weights, cfg.batch, cfg.seed)
+            return DatasetSampler(
+                windows.ranges([r.dataset for r in recordings]), parse_weights(cfg), cfg.batch, cfg.seed
+            )
         if cfg.sampler == "subject":
             return SubjectSampler(windows.ranges([r.subject for r in recordings]).values(), cfg.batch, cfg.seed)
         if cfg.sampler == "seizure":
@@ -130,6 +132,17 @@ def choose_sampler(cfg: Config, windows: Windows):
         return UniformSampler(len(windows), cfg.batch, cfg.seed)
     except ValueError as error:
         raise Unusable(f"--sampler {cfg.sampler} --dataset-weights {' '.join(cfg.dataset_weights)}: {error}") from error
+
+
+def parse_weights(cfg: Config) -> dict[str, float]:
+    """The share of each data set. Raises Unusable."""
+    weights = {}
+    for text in cfg.dataset_weights:
+        name, _, share = text.partition("=")
+        if name in weights or not re.fullmatch(r"\d*\.?\d+", share):
+            raise Unusable(f"--dataset-weights {text}: expected a data set once, = and its share, as in tuh=0.3")
+        weights[name] = float(share)
+    return weights
 
 
 def draw(
@@ -293,9 +306,15 @@ def main(cfg: Config) -> dict | None:
     held_out = "val" if cache.long_enough("val", train.samples) else "train"
     val = cache.windows(held_out, cfg.window_s, cfg.stride_s)
     if min(cfg.val_windows, len(val)) < 2:
-        raise Unusable(
-            f"--val-windows {cfg.val_windows}, of {len(val)} there are: whether features tell windows apart takes two"
+        mend = (
+            "raise it"
+            if len(val) > 1
+            else "take a shorter --window-s or --stride-s, or more for val ([split] in dataset.toml)"
         )
+        words = f"--val-windows {cfg.val_windows}, of {len(val)} there are in {held_out}"
+        raise Unusable(f"{words}: whether features tell windows apart takes two; {mend}")
+    there = [row for split in ("train", held_out) for row in cache.long_enough(split, train.samples)]
+    check_tokens(cache, there, cfg.max_channels, train.samples // patch)
     rows = [i for i, r in enumerate(cache.recordings) if r.split == "train"]
     traits = read_traits(cache, cfg.aux, rows)
     trait_RK = trait_values(cache, traits)
@@ -306,7 +325,7 @@ def main(cfg: Config) -> dict | None:
     warmup = max(1, round(cfg.warmup * steps))
     period, probe_every = (steps_of(epochs, len(train), cfg.batch) for epochs in (RESTART_EPOCHS, cfg.probe_epochs))
 
-    run = Run(cfg, __file__, ranks)
+    run = Run(cfg, __file__, ranks, cache.fingerprint)
     if held_out == "train":
         run.say(without_val(len(cache.rows(["val"])), f"{cfg.window_s:g} s"))
     if not cfg.init:

@@ -374,7 +374,7 @@ def fit(
         how = (channels_of(cfg), micro, cfg.seed, step, cfg.stretch_s, move_s)
         return read_pieces(train, ids[who], who, *how), known_K
 
-    run = Run(cfg, __file__, ranks)
+    run = Run(cfg, __file__, ranks, cache.fingerprint)
     if not cfg.init:
         pieces, _ = draw(0, np.arange(cfg.batch), cfg.micro)
         encoder.calibrate([p.part for p in pieces])
@@ -547,7 +547,7 @@ def evaluate(cfg: Config, ranks: Ranks, cache: Cache) -> dict | None:
         raise Unusable("the test split has no seizure: sensitivity and F1 would mean nothing")
     judgement.check_scored(score)
     fitted = Fitted.unpack(meta, tensors, len(decoder.targets))
-    run = Run(cfg, __file__, ranks)
+    run = Run(cfg, __file__, ranks, cache.fingerprint)
     results = None
     if ranks.first:
         caches = ", ".join(map(str, cache.paths))
@@ -588,7 +588,7 @@ def cross_validate(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
     check_folds(cfg, cache, rows, plan)
     for of in plan:
         fit(replace(cfg, folds=0), ranks, cache, of, only_check=True)
-    run, pooled, done = Run(cfg, __file__, ranks), {}, []
+    run, pooled, done = Run(cfg, __file__, ranks, cache.fingerprint), {}, []
     for fold, of in enumerate(plan):
         name = run.directory / f"fold-{fold}"
         begun = (name / "config.json").exists()
@@ -647,7 +647,7 @@ def few_shots(cfg: Config, ranks: Ranks, cache: Cache) -> dict:
         raise Unusable(f"--shots needs one target of classes, not {' '.join(cfg.target)}")
     ids = examples.even(MOST_AT_ONCE, 0)
     shots.check(examples, ids, cfg.shots, cfg.episodes, cfg.seed, split)
-    run = Run(cfg, __file__, ranks)
+    run = Run(cfg, __file__, ranks, cache.fingerprint)
     if split == "test":
         run.say(f"THE TEST SPLIT IS OPEN: {len(rows)} recordings; choose nothing by what it says")
         run.log(0, event="test_opened", model=cfg.evaluate)

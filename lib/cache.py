@@ -97,7 +97,8 @@ class Cache:
     """
 
     def __init__(self, *paths: str | Path):
-        assert paths, "Cache needs at least one directory"
+        if not paths:
+            raise Unusable("--cache names no directory: give one or several that build_cache.py wrote")
         self.paths = [Path(p) for p in paths]
         self.manifests = [store.read_manifest(p) for p in self.paths]
         self._check_alike()
@@ -252,7 +253,8 @@ class Cache:
         """
         The recordings of these splits with the values of `where`: `task=fist`, or one of several, `run=03+07`.
 
-        A value of the cache that holds a + itself is taken as it is. Raises Unusable for a column that isn't there.
+        A value of the cache that holds a + itself is taken as it is. Raises Unusable for a column, or values, that no
+        recording has.
         """
         from lib.traits import class_name  # here: it needs this module
 
@@ -264,6 +266,9 @@ class Cache:
                 raise Unusable(f"--where {word}: expected COLUMN=VALUE; there are: {known}")
             values = [class_name(v) for v in self.column(name)]
             wanted = [value] if value in values else value.split("+")
+            if not set(wanted) & set(values):
+                there = ", ".join(sorted({v for v in values if v is not None})[:20])
+                raise Unusable(f"--where {word}: no recording has {name} {' or '.join(wanted)}; there are: {there}")
             rows = [i for i in rows if values[i] in wanted]
         return rows
 
@@ -302,6 +307,14 @@ class Cache:
         """Scale and offset (C) of one recording: its unit is model unit x scale + offset."""
         first = self._first_channel[recording]
         return tuple(self._scales[first : first + self._channels[recording]].T)
+
+    def good_channels(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many channels of each recording (R) are good, and how many of those have a position."""
+        placed_RC = np.isfinite(self._positions).all(2)[self._montage]
+        of_N = np.repeat(np.arange(len(self.recordings)), self._channels)
+        placed_N = placed_RC[of_N, np.arange(len(of_N)) - self._first_channel[of_N]]
+        counts = (np.bincount(of_N, weights, len(self.recordings)) for weights in (self._good, self._good & placed_N))
+        return tuple(count_R.astype(np.int64) for count_R in counts)
 
     def read(self, recording_B, start_B, samples: int, unit: str = "model", channels: int | None = None) -> Batch:
         """As `read_unaligned`; in model units aligned, if `align` was called."""

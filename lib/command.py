@@ -10,6 +10,7 @@ Imports no torch and no MNE, so that `--help` and the cache builder start at onc
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -28,6 +29,13 @@ from lib.errors import Failed, Unusable
 
 DONE, FAILED, UNUSABLE, QUARANTINED, INTERRUPTED = 0, 1, 2, 3, 130
 
+REFUSED = {  # what the system may say to a path that is right in form: the mend
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make space, and run it again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give another path, or the right to it"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), "give another path"),
+    errno.EIO: "the disk is failing",
+}
+
 _out = None  # the real standard output while `run` keeps everything else off it
 
 
@@ -43,10 +51,10 @@ def run(
 
     `main(cfg)` returns the results, which become the last line of stdout (None prints nothing: ranks other than 0), with
     status 3 if they hold a `quarantined` other than 0. Whatever else is printed meanwhile, also by child processes, goes to
-    stderr. Unusable → one line and 2; Failed → one line and 1; KeyboardInterrupt → 130, its message telling how to go on;
-    other errors are bugs and keep their traceback (1).
+    stderr. Unusable → one line and 2; Failed, or a file that the system refuses to write or to read → one line and 1; KeyboardInterrupt → 130,
+    its message telling how to go on; other errors are bugs and keep their traceback (1).
     """
-    prog = Path(sys.argv[0]).name
+    complaint, results, status = "", None, DONE
     try:
         cfg = parse(config, sys.argv[1:], doc, presets, saved)
         with _only_results_on_stdout():
@@ -54,15 +62,18 @@ def run(
             if results is not None:
                 emit(results)
     except Unusable as e:
-        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
-        return UNUSABLE
+        complaint, status = str(e), UNUSABLE
     except Failed as e:
-        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
-        return FAILED
+        complaint, status = str(e), FAILED
+    except OSError as e:
+        if e.errno not in REFUSED:
+            raise
+        complaint, status = f"{e.filename or 'a file'}: {e.strerror}; {REFUSED[e.errno]}", FAILED
     except KeyboardInterrupt as e:
-        print(f"{prog}: {' '.join(['interrupted', *map(str, e.args)])}", file=sys.stderr)
-        return INTERRUPTED
-    return QUARANTINED if results and results.get("quarantined") else DONE
+        complaint, status = " ".join(["interrupted", *map(str, e.args)]), INTERRUPTED
+    if complaint:  # here, where a progress bar has gone with the frames that the exception held, and has ended its line
+        print(f"{Path(sys.argv[0]).name}: {' '.join(complaint.split())}", file=sys.stderr)
+    return QUARANTINED if results and results.get("quarantined") else status
 
 
 def emit(results: dict) -> None:
@@ -128,11 +139,13 @@ def _parse_flags(config: type, args: Sequence[str], doc: str, default: typing.An
 
 
 def check_finite(cfg: typing.Any) -> None:
-    """Raises Unusable for the first field that is NaN or infinite, which compares like no size or like any."""
+    """Raises Unusable for the first field that is NaN or infinite, which compares like no size or like any, or beyond 64 bits."""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise Unusable(f"--{field.name.replace('_', '-')} {value} must be a finite number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise Unusable(f"--{field.name.replace('_', '-')} {value} must fit 64 bits")
 
 
 def check_signs(cfg: typing.Any, positive: str, not_negative: str) -> None:

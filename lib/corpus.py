@@ -37,7 +37,7 @@ class Corpus:
     def __init__(
         self, paths: Sequence[str | Path], samples: int, before: int, stride: int, by_time: bool, share: float
     ):
-        self.caches = [Cache(path) for path in paths]
+        self.caches = [Cache(path) for path in paths] or [Cache()]  # which says what is missing
         self.samples, self.before, self.stride = samples, before, stride
         places = [(c, row) for c, cache in enumerate(self.caches) for row in range(len(cache.recordings))]
         self.cache_R, self.row_R = np.array(places, np.int64).T
@@ -53,6 +53,11 @@ class Corpus:
                 self.spans[r.split] += [(i, a, b) for a, b in r.segments]
         if not len(self.windows("train")):
             raise Unusable(f"no window of {samples} samples in the training part of {', '.join(map(str, paths))}")
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the content of the caches."""
+        return "+".join(cache.fingerprint for cache in self.caches)
 
     def windows(self, part: str, stride: int | None = None) -> Windows:
         """The windows of train, val or test; where they start includes `before`."""

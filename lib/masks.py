@@ -7,6 +7,7 @@ batch) and on that window's own channels alone: it is the same on any rank, in a
 Shape letters: B windows, C channels, P patches per channel, N = C * P tokens, K context tokens, M target tokens, W any width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from lib.errors import Unusable
 from lib.samplers import GOLDEN, derive, key, mix
 
+TOO_FEW = "can't be split into context and target: raise --window-s or lower --patch-s"
 KINDS = ("random", "spatial", "temporal", "spatiotemporal")
 
 
@@ -62,6 +64,15 @@ def choose_channels(mask_BC: torch.Tensor, most: int, seed: int, step: int, inde
     return torch.from_numpy(np.sort(kept_BC + behind_BC, axis=1) % good_BC.shape[1])
 
 
+def check_tokens(cache, rows: Iterable[int], most: int, patches: int) -> None:
+    """Raises Unusable for a recording of `rows` whose windows, of at most `most` good channels (0: all), have too few tokens to hide some."""
+    good_R, _ = cache.good_channels()
+    for row in sorted(rows):
+        tokens = min(good_R[row], most or good_R[row]) * patches
+        if tokens < 2:
+            raise Unusable(f"{cache.recordings[row].key}: a window with {tokens} good tokens {TOO_FEW}")
+
+
 def draw_masks(
     kind: str,
     positions_BC3: torch.Tensor,
@@ -85,8 +96,7 @@ def draw_masks(
     B, C, P = good_BCP.shape
     tokens_B = good_BCP.sum((1, 2))
     if tokens_B.min() < 2:
-        words = "can't be split into context and target: raise --window-s or lower --patch-s"
-        raise Unusable(f"a window with {tokens_B.min()} good tokens {words}")
+        raise Unusable(f"a window with {tokens_B.min()} good tokens {TOO_FEW}")
     hidden_B = np.clip(np.floor(ratio * tokens_B + 0.5).astype(np.int64), 1, tokens_B - 1)
     priority_BCP = uniform(seed, step, index_B, C * P, "mask order").reshape(B, C, P)
     if kind == "random":

@@ -317,12 +317,26 @@ def start_encoder(
     """The encoder that a phase starts from, of a file or fresh, and the lineage of the file. Raises Unusable."""
     if init:
         loaded, meta = load_encoder(init, cache, asked=True)
+        check_places(loaded.architecture.adapter, cache)
         return loaded, inherited(meta, init)
+    check_places(adapter, cache)
     patch = round(patch_s * cache.rate_hz)
     if patch != patch_s * cache.rate_hz:
         raise Unusable(f"--patch-s {patch_s:g} is not a whole number of samples at {cache.rate_hz:g} Hz")
     sizes = (encoder, d_model, layers, heads, cache.rate_hz, patch, adapter, queries, relations)
     return build_encoder(Architecture(*sizes)), []
+
+
+def check_places(adapter: str, cache) -> None:
+    """Raises Unusable if an adapter that goes by positions alone has none to go by; stderr is told of channels without one."""
+    good, placed = (int(count_R.sum()) for count_R in cache.good_channels())
+    if adapter != "nearest" or placed == good:
+        return
+    if not placed:
+        raise Unusable(
+            "--adapter nearest goes by positions, and no channel of the cache has one: --adapter perceiver or none"
+        )
+    print(f"--adapter nearest leaves out {good - placed} of {good} channels, which have no position", file=sys.stderr)
 
 
 def signal_meta(cache) -> dict:

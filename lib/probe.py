@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lib.cache import Batch, Cache
 from lib.precision import autocast
@@ -99,9 +100,11 @@ class Probe:
         self.val = np.array([cache.recordings[i].split == "val" for i in self.row])
         self.same_montage = len({cache.recordings[i].names for i in self.row}) == 1
         self.baseline: dict[str, float] = {}
-        labels = self._column_labels() + self._event_labels()
-        self.labels = [label for label in labels if label.name not in leave_out]
-        left_out = sorted({label.name for label in labels} & {*leave_out})
+        told = {name.casefold() for name in leave_out}  # a flag finds its column in either case
+        found = self._event_labels() + self._column_labels()
+        left_out = sorted(label.name for label in found if label.name.casefold() in told)
+        found = [label for label in found if label.name not in left_out]
+        self.labels, too_many = found[:MOST_LABELS], found[MOST_LABELS:]
         self.plan = {label.name: self._plan(label) for label in self.labels}
         seen = [label.name for label in self.labels if label.name in paired and not self.plan[label.name][0]]
         self.labels = [label for label in self.labels if label.name not in seen]
@@ -110,6 +113,7 @@ class Probe:
             name: "left out: training pairs were chosen by it, and val is too small to score it" for name in seen
         }
         self.protocol |= {name: "left out: it was an auxiliary target" for name in left_out}
+        self.protocol |= {label.name: f"left out: there are more than {MOST_LABELS} labels" for label in too_many}
 
     def _column_labels(self) -> list[Label]:
         labels = []
@@ -119,7 +123,7 @@ class Probe:
             label = _as_label(name, values, self.subject)
             if label and name not in NOT_LABELS and name not in {known.name for known in labels}:
                 labels.append(label)
-        return labels[:MOST_LABELS]
+        return labels
 
     def _event_labels(self) -> list[Label]:
         """One label `event`: which kind of event covers the window, if one does (eyes_open against eyes_closed, T0, T1, T2 …)."""
@@ -269,7 +273,9 @@ def project(x_BF: np.ndarray, fit_B: np.ndarray) -> np.ndarray:
         return x_BF.astype(np.float64)
     products_BR = (x_BF @ x_BF[rows].T).astype(np.float64)
     size_R, basis_RR = np.linalg.eigh(products_BR[rows])
-    real_R = size_R > 1e-6 * size_R[-1]
+    real_R = size_R > max(1e-6 * size_R[-1], 1e-12)  # none, if all fitted windows have the same features
+    if not real_R.any():
+        return np.zeros((len(x_BF), 1))
     return products_BR @ (basis_RR[:, real_R] / np.sqrt(size_R[real_R]))
 
 
@@ -365,10 +371,16 @@ def stimuli(windows: Windows, ids_B: np.ndarray) -> list[str | None]:
 
 
 def band_power(x_BCT: torch.Tensor, rate_hz: float) -> torch.Tensor:
-    """Log power of the classical bands per channel (B, C, 5); bands above half the rate are left out."""
+    """
+    Log power of the classical bands per channel (B, C, 5); bands that a window is too short or a rate too low for are left out.
+
+    Where that leaves none (windows of machines, of milliseconds) it is of five equal parts of the spectrum.
+    """
     power_BCF = torch.fft.rfft(x_BCT * torch.hann_window(x_BCT.shape[2])).abs().square()
     hz_F = torch.fft.rfftfreq(x_BCT.shape[2], 1 / rate_hz)
     bands = [(hz_F >= low) & (hz_F < high) for low, high in BANDS_HZ.values()]
+    if not any(band.any() for band in bands):
+        bands = list(F.one_hot(torch.arange(len(hz_F)) * 5 // len(hz_F), 5).bool().T)
     return torch.stack([(power_BCF[:, :, band].mean(2) + 1e-6).log() for band in bands if band.any()], 2)
 
 

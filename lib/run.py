@@ -30,6 +30,7 @@ from typing import Literal, NoReturn
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from lib.command import json_line
 from lib.errors import Failed, Unusable
@@ -155,11 +156,12 @@ class Run:
     """
     The directory of one run. Only the first rank writes; every rank reads when resuming.
 
-    Raises Unusable if the directory holds a run and neither --resume nor --overwrite was given, or --wandb isn't installed.
+    `data` identifies what the run reads (`Cache.fingerprint`): it isn't resumed on anything else. Raises Unusable if the directory holds a run and
+    neither --resume nor --overwrite was given, if it can't be written, if --overwrite would delete what a flag names, or --wandb isn't installed.
     """
 
-    def __init__(self, cfg: RunConfig, script: str, ranks: Ranks):
-        self.ranks, self.stop, self._saved, self._lines = ranks, False, None, 0
+    def __init__(self, cfg: RunConfig, script: str, ranks: Ranks, data: str = ""):
+        self.ranks, self.data, self.stop, self._saved, self._lines = ranks, data, False, None, 0
         self.started, self.script = time.perf_counter(), Path(script).name
         directory = self.problem = None
         if ranks.first:  # an error must reach all ranks, or the others would wait for ever
@@ -167,6 +169,8 @@ class Run:
                 directory = self._prepare(cfg, Path(script))
             except Unusable as error:
                 self.problem = str(error)
+            except OSError as error:
+                self.problem = f"{error.filename or _directory(cfg, script)}: {error.strerror}; give another --name"
         directory, self.problem = ranks.agree((directory, self.problem))
         if self.problem:
             raise Unusable(self.problem)
@@ -184,20 +188,19 @@ class Run:
             check_tracker()
         directory = _directory(cfg, script)
         if not cfg.resume:
-            if cfg.overwrite and (directory / "config.json").exists():  # never a directory that isn't a run
+            begun = (directory / "config.json").exists()
+            if cfg.overwrite and begun:
+                _spare_named(cfg, directory)
                 shutil.rmtree(directory)
-            try:
-                directory.mkdir(parents=True)
-            except FileExistsError:
-                if any(directory.iterdir()):
-                    raise Unusable(
-                        f"{directory} exists: go on with --resume, replace it with --overwrite, or choose another --name"
-                    ) from None
+            if directory.is_file() or directory.is_dir() and any(directory.iterdir()):
+                how = "go on with --resume, replace it with --overwrite, or choose another --name"
+                raise Unusable(f"{directory} exists{f': {how}' if begun else ' and is no run: choose another --name'}")
+            directory.mkdir(parents=True, exist_ok=True)
+            flags = {**dataclasses.asdict(cfg), "resume": False, "overwrite": False}  # first: it is what makes a run
+            write_atomic(directory / "config.json", json.dumps(json.loads(json_line(flags)), indent=1).encode())
             root = script.resolve().parent
             shutil.copytree(root / "lib", directory / "code" / "lib", ignore=shutil.ignore_patterns("__pycache__"))
             shutil.copy2(script, directory / "code" / script.name)
-            flags = {**dataclasses.asdict(cfg), "resume": False, "overwrite": False}
-            write_atomic(directory / "config.json", json.dumps(json.loads(json_line(flags)), indent=1).encode())
         with open(directory / "command.txt", "a", encoding="utf-8") as file:
             file.write(
                 f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {_revision(script)} {shlex.join([sys.executable, *sys.argv])}\n"
@@ -222,7 +225,8 @@ class Run:
     def say(self, *words) -> None:
         """A line for the user."""
         if self.ranks.first:
-            print(*words, file=sys.stderr, flush=True)
+            tqdm.write(" ".join(map(str, words)), file=sys.stderr)
+            sys.stderr.flush()
 
     def log(self, step: int, **values) -> None:
         """Append a line to log.jsonl."""
@@ -234,10 +238,16 @@ class Run:
             if self._tracker:
                 self._tracker.log(line)
 
-    def lines(self) -> list[dict]:
-        """What log.jsonl holds; a line that a kill cut short is left out."""
-        lines = (self.directory / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    def lines(self, most: int | None = None) -> list[dict]:
+        """The first `most` lines of log.jsonl (None: all); one that a kill cut short is left out. Raises Unusable if one can't be read."""
+        path, lines = self.directory / "log.jsonl", []
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1][:most]:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                words = "was damaged since it was written; put it back, or start a new run"
+                raise Unusable(f"{path}, line {len(lines) + 1}, {words}") from None
+        return lines
 
     def results(self, state: dict, metrics: dict, parameters: int, **more) -> dict:
         """What a command that has trained an encoder prints in its last line."""
@@ -295,7 +305,8 @@ class Run:
         if on_time:
             self._stopped.unlink(missing_ok=True)
         try:
-            save_tensors(self._newest if on_time else self._stopped, tensors, {"state": state, "lines": self._lines})
+            path = self._newest if on_time else self._stopped
+            save_tensors(path, tensors, {"state": state, "lines": self._lines, "data": self.data})
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -310,12 +321,25 @@ class Run:
         """
         Load the newest state, cut the log back to it, and return what was given to `save`; {"step": 0} if nothing was saved yet.
 
-        Raises Unusable if no state is whole, or if it doesn't fit the model.
+        Raises Unusable if no state is whole, or if it doesn't fit the model, the log or the data.
         """
         label = self._load((self._stopped, self._newest, self._previous), math.inf, modules, optimizer)
         state, lines = (label["state"], label["lines"]) if label else ({"step": 0}, 0)
+        if label and label.get("data", self.data) != self.data:
+            words = "the cache at the path it names was built anew; put the old one back, or start a new run"
+            raise Unusable(f"{self.directory} was trained on other data: {words}")
+        kept, problem = [], None
         if self.ranks.first:
-            kept = self.lines()[:lines]
+            try:
+                kept = self.lines(lines)
+            except Unusable as error:
+                problem = str(error)
+            if not problem and len(kept) < lines:
+                words = f"has {len(kept)} of the {lines} lines that it had: put it back, or start a new run"
+                problem = f"{self.directory / 'log.jsonl'} {words}"
+        if problem := self.ranks.agree(problem):
+            raise Unusable(problem)
+        if self.ranks.first:
             self._log.close()
             write_atomic(self.directory / "log.jsonl", "".join(json_line(line) + "\n" for line in kept).encode())
             self._log, self._lines = open(self.directory / "log.jsonl", "a", encoding="utf-8"), lines
@@ -415,6 +439,16 @@ def _directory(cfg: RunConfig, script: str | Path) -> Path:
         phase = _phase(script)
         return Path("runs") / f"{phase}-{max(_numbered(phase), default=0) + 1}"
     return Path(cfg.name) if os.sep in cfg.name else Path("runs") / cfg.name
+
+
+def _spare_named(cfg: RunConfig, directory: Path) -> None:
+    """Raises Unusable for a flag that names a file in a directory that is about to be deleted."""
+    for name, value in dataclasses.asdict(cfg).items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            inside = name != "name" and isinstance(text, str) and directory.resolve() in Path(text).resolve().parents
+            if inside and Path(text).exists():
+                flag = f"--{name.replace('_', '-')} {text}"
+                raise Unusable(f"--overwrite would delete {flag} with {directory}: choose another --name")
 
 
 def _revision(script: Path) -> str:

@@ -138,7 +138,7 @@ class DatasetSampler:
         self.ranges = [Ranges(ranges.get(name, np.empty((0, 2)))) for name in names]
         empty = [name for name, part in zip(names, self.ranges, strict=True) if not len(part)]
         share_D = np.array([weights[name] for name in names], np.float64)
-        if empty or not names or not (share_D > 0).all():
+        if empty or not names or not ((share_D > 0) & np.isfinite(share_D)).all():
             raise ValueError(f"dataset weights {dict(weights)}: no windows in {empty or list(ranges)}, or not positive")
         share_D /= share_D.sum()
 

@@ -48,6 +48,8 @@ def cache(tmp_path_factory) -> Path:
                 t = np.arange(x_CT.shape[1]) / 200
                 rhythm = np.sin(2 * np.pi * (9.5 + 0.1 * s) * t) * (1 + np.sin(2 * np.pi * 0.3 * t + s))
                 x_CT[len(electrodes) // 2 :] += (25 if condition == "rest" else 3) * rhythm
+                if s % 3 == 0:
+                    x_CT[s // 3] = 0  # a dead electrode
                 write_edf(source / f"s{s:02d}_{condition}.edf", x_CT, 200, electrodes, [(2.0, 3.0, "look")])
         people = "".join(f"s{s:02d},{20 + 3 * s},{'FM'[s % 2]}\n" for s in range(10))
         (source / "people.csv").write_text("id,age,sex\n" + people)
@@ -259,6 +261,10 @@ def test_an_encoder_can_be_started_from(cache, straight, tmp_path):
         (dict(device="warp"), "--device"),
         (dict(init="missing.safetensors"), "missing.safetensors"),
         (dict(dataset_weights=("small=1", "tuh=2")), "--dataset-weights"),
+        (dict(dataset_weights=("small",)), "--dataset-weights small: expected"),
+        (dict(dataset_weights=("small=inf",)), "--dataset-weights small=inf: expected"),
+        (dict(cache=()), "--cache names no directory"),
+        (dict(patch_s=2.0, max_channels=1), "1 good tokens can't be split"),
         (dict(sampler="seizure"), "--sampler"),
         (dict(aux=("shoe_size",)), "--aux shoe_size"),
         (dict(batch=1, vicreg=1.0), "--vicreg"),
@@ -270,6 +276,27 @@ def test_what_is_unusable_is_named_and_leaves_no_run_behind(changes, word, cache
     with pytest.raises(Unusable, match=word):
         main(replace(config(cache, tmp_path / "x"), **changes))
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_by_places_says_which_channels_have_none(tmp_path, capsys):
+    (folder := tmp_path / "raw").mkdir()
+    rng = np.random.default_rng(0)
+    for s in range(4):
+        np.save(folder / f"s{s}.npy", recipes.noise_uv(rng, 4, 2000).astype(np.float32))
+    rule = 'name = "x"\npattern = "s(?P<subject>\\\\d)\\\\.npy"\nrate_hz = 100\nunit = "uV"\nchannels = '
+    for names, said in (
+        ("'Cz', 'B', 'C', 'D'", "12 of 16 channels"),
+        ("'A', 'B', 'C', 'D'", "no channel of the cache"),
+    ):
+        (folder / "dataset.toml").write_text(f"{rule}[{names}]\n[split]\nval = ['0']\n")
+        status, _, err = recipes.run("--source", folder, "--cache", tmp_path / said[:2], "--workers", 1)
+        assert status == 0, err
+        cfg = config(tmp_path / said[:2], tmp_path / f"run{said[:2]}", adapter="nearest", queries=4, steps=1)
+        if said.startswith("no"):
+            with pytest.raises(Unusable, match=said):
+                main(cfg)
+        else:
+            assert main(cfg)["step"] == 1 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [dict(sampler="subject"), dict(dataset_weights=("small=0.3", "wide=0.7"))])
@@ -417,7 +444,8 @@ def test_windows_drawn_do_not_depend_on_ranks_or_micro_batches(cache):
     split = {k: v for part in split for k, v in part.items()}
     assert whole.keys() == split.keys() and len(whole) == 12
     for key, (x, targets) in whole.items():
-        assert torch.equal(x, split[key][0]) and targets == split[key][1]
+        alone_CT, same = split[key]
+        assert torch.equal(x[: len(alone_CT)], alone_CT) and not x[len(alone_CT) :].any() and targets == same
 
 
 def by_index(parts: list, ids: np.ndarray) -> dict:

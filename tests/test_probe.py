@@ -13,6 +13,7 @@ from lib.cache import Cache
 from lib.probe import (
     Label,
     Probe,
+    band_power,
     by_label,
     covering_events,
     judge,
@@ -91,6 +92,34 @@ def test_auxiliary_targets_are_left_out_and_that_is_said(cache):
     probe = Probe(cache, 1.0, 0.5, 200, leave_out=["age", "handedness"])
     assert not any(name.startswith("probe_age") for name in probe.score(spectra))
     assert probe.protocol["age"] == "left out: it was an auxiliary target" and "handedness" not in probe.protocol
+
+
+def test_auxiliary_targets_are_found_whatever_their_case(cache):
+    probe = Probe(cache, 1.0, 0.5, 200, leave_out=["AGE"])
+    assert "left out" in probe.protocol["age"] and not any(k.startswith("probe_age") for k in probe.score(spectra))
+
+
+def test_labels_beyond_the_most_are_named(cache, monkeypatch):
+    monkeypatch.setattr(module, "MOST_LABELS", 1)
+    for left_out, kept in (((), "age"), (("age",), "condition")):
+        probe = Probe(cache, 1.0, 0.5, 200, leave_out=left_out)
+        assert [label.name for label in probe.labels] == [kept]
+        assert probe.protocol["sex"] == "left out: there are more than 1 labels"
+
+
+def test_features_that_are_all_the_same_say_nothing():
+    x_BF = np.ones((12, 40))
+    assert not project(x_BF, np.arange(12) < 8).any()
+    x_BF[8:] = np.random.default_rng(0).standard_normal((4, 40))
+    assert project(x_BF, np.arange(12) < 8).shape == (12, 1)
+
+
+@pytest.mark.parametrize(
+    "samples, rate_hz, bands", [(400, 100.0, 5), (25, 100.0, 4), (240, 12000.0, 5), (2, 12000.0, 2)]
+)
+def test_band_power_of_short_windows(samples, rate_hz, bands):
+    power_BCF = band_power(torch.randn(3, 2, samples), rate_hz)
+    assert power_BCF.shape == (3, 2, bands) and power_BCF.isfinite().all()
 
 
 def test_labels_that_chose_training_pairs_are_scored_on_val_alone(cache, monkeypatch):

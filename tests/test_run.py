@@ -1,6 +1,7 @@
 """The command line and the run directory: flags, exit statuses, the one JSON line, the log, state that survives anything."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -34,6 +35,7 @@ class Config(RunConfig):
     lr: float = 0.1  # learning rate
     band_hz: tuple[float, float] | None = (0.5, 45.0)  # pass band, Hz
     adapter: Literal["none", "perceiver"] = "none"  # kind
+    init: str | None = None  # a file
 
 
 PRESETS = {"mini": {}, "base": {"lr": 0.01}}
@@ -106,6 +108,7 @@ def test_results_are_the_only_thing_on_stdout(capfd, monkeypatch):
         (Unusable("no manifest in cache/x;\n  build it"), 2, "toy.py: no manifest in cache/x; build it\n"),
         (Failed("disk full"), 1, "toy.py: disk full\n"),
         (KeyboardInterrupt("at step 3; resume it"), 130, "toy.py: interrupted at step 3; resume it\n"),
+        (OSError(errno.ENOSPC, "no space", "a/b"), 1, "toy.py: a/b: no space; make space, and run it again\n"),
     ],
 )
 def test_errors_are_one_line_and_a_status(error, code, line, capfd, monkeypatch):
@@ -121,6 +124,11 @@ def test_quarantine_is_status_3_and_a_bug_keeps_its_traceback(capfd, monkeypatch
     assert outcome(lambda cfg: None, capfd, monkeypatch)[:2] == (0, "")
     with pytest.raises(ZeroDivisionError):
         outcome(lambda cfg: 1 / 0, capfd, monkeypatch)
+
+
+def test_numbers_beyond_64_bits_are_refused():
+    with pytest.raises(Unusable, match="--seed 99999999999999999999 must fit 64 bits"):
+        command.parse(Config, ["--seed", "99999999999999999999"], "", PRESETS, saved_config)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +174,69 @@ def test_an_existing_run_is_neither_continued_nor_lost_by_accident(script):
     foreign = Path("runs/notes")
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
-    with pytest.raises(Unusable, match="exists"):  # --overwrite deletes runs, nothing else
+    with pytest.raises(
+        Unusable, match="exists and is no run: choose another"
+    ):  # --overwrite deletes runs, nothing else
         Run(Config(name="notes", overwrite=True), str(script), ONE)
     assert (foreign / "thesis.txt").exists()
     run.close()
+
+
+def test_overwriting_spares_what_a_flag_names(script):
+    Run(Config(name="a"), str(script), ONE).close()
+    (made := Path("runs/a/encoder.safetensors")).write_bytes(b"weights")
+    again = Config(name="a", overwrite=True, init=str(made))
+    with pytest.raises(Unusable, match="--overwrite would delete --init runs/a/encoder.safetensors"):
+        Run(again, str(script), ONE)
+    assert made.exists()
+    Run(dataclasses.replace(again, init="runs/a/gone.safetensors"), str(script), ONE).close()
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("name, word", [("./notes.txt", "is no run"), ("./notes.txt/a", "notes.txt.*directory")])
+def test_a_run_that_can_not_be_written_is_one_line(name, word, script):
+    Path("notes.txt").write_text("mine")
+    with pytest.raises(Unusable, match=word):
+        Run(Config(name=name), str(script), ONE)
+    assert Path("notes.txt").read_text() == "mine"
+
+
+def test_a_run_half_made_can_be_replaced(script, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/code")
+
+    with monkeypatch.context() as m, pytest.raises(Unusable, match="runs/a/code: No space left"):
+        m.setattr("lib.run.shutil.copytree", full)
+        Run(Config(name="a"), str(script), ONE)
+    Run(Config(name="a", overwrite=True), str(script), ONE).close()
+
+
+def test_a_run_is_not_resumed_on_other_data_or_without_its_log(script):
+    model, optimizer = fresh()
+    run = Run(Config(name="a"), str(script), ONE, "one cache")
+    train(run, 0, 3, model, optimizer)
+    run.save({"step": 3}, {"model": model}, optimizer)
+    run.log(4, loss=1.0)
+    run.close()
+    log = run.directory / "log.jsonl"
+    whole = log.read_text()
+
+    def resume(data: str) -> dict:
+        again = Run(Config(name="a", resume=True), str(script), ONE, data)
+        try:
+            return again.restore({"model": model}, optimizer)
+        finally:
+            again.close()
+
+    with pytest.raises(Unusable, match="was trained on other data"):
+        resume("another cache")
+    for damaged, word in (("", "has 0 of the 3 lines"), (whole.replace("loss", '"loss', 1), "line 1, was damaged")):
+        log.write_text(damaged)
+        with pytest.raises(Unusable, match=word):
+            resume("one cache")
+        assert log.read_text() == damaged
+    log.write_text(whole + "\0\0\n")  # what a crash leaves behind the lines that the state knows
+    assert resume("one cache")["step"] == 3 and len(log.read_text().splitlines()) == 3
 
 
 def test_resume_takes_the_flags_of_the_run(script, monkeypatch):

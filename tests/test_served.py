@@ -91,7 +91,7 @@ def test_encoders_take_the_scale_of_the_session_for_that_of_the_recording(folder
         ({"encoder": "run/model.safetensors"}, ("takes no --encoder",)),
         ({"target": "age:regression"}, ("--target age", "is a number", "age:classification")),
         ({"target": "dreams"}, ("dreams",)),
-        ({"where": ("task=Sleep",)}, ("no training recording", "task=Sleep")),
+        ({"where": ("task=Sleep",)}, ("no recording has task Sleep",)),
         ({"where": ("mood=good",)}, ("--where mood=good",)),
     ],
 )

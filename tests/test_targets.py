@@ -221,12 +221,14 @@ def test_where_takes_one_value_or_several_in_training_as_in_serving(cache):
     assert {cache.recordings[i].task for i in found} == {"Rest", "szMonitoring"}
     assert found == cache.rows(("train",), cfg.where) and {cache.column("sex")[i] for i in found} == {"F"}
     assert cache.rows(("train", "val", "test")) == rows(cache)
-    assert cache.rows(("train",), ("task=Sleep",)) == []
+    assert cache.rows((), ("task=Rest",)) == []
     named = copy(cache)  # where one recording's task is called with a +, the words mean that one
     named.recordings = [replace(r, task="Rest+szMonitoring") if i == 3 else r for i, r in enumerate(cache.recordings)]
     assert named.rows(("train", "val", "test"), cfg.where[:1]) == [3]
     with pytest.raises(Unusable, match="--where mood=good: .*there are: .*sex, task"):
         cache.rows(("train",), ("mood=good",))
+    with pytest.raises(Unusable, match="--where task=Nap: no recording has task Nap; there are: .*Rest"):
+        cache.rows(("train",), ("task=Nap",))
 
 
 def test_words_are_columns_before_events(cache):
