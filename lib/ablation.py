@@ -105,7 +105,8 @@ def run_lineages(cfg, script: Path) -> dict:
     pairs = "movie:1" if any(label.startswith("movie:") for label in cache.labels()) else "augment:1"
     if cfg.overwrite:
         for name in (*LINEAGES, "jepa", "jepa-traits", "contrastive-traits", "contrastive-plain"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            if (folder / name / "config.json").exists():  # never a directory that isn't a run
+                shutil.rmtree(folder / name)
     results: dict = {}
     for name in cfg.lineage:
         first, auxiliary, second = LINEAGES[name]
