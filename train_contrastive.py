@@ -445,7 +445,8 @@ def main(cfg: Config) -> dict | None:
                 total.backward()
         except RuntimeError as error:  # out of memory, or raised again
             recovery.halve(error, run, state, max(len(p.x_BCT) for p in views.parts))
-            kept = []
+            kept, y_BE, total = [], None, None  # and with them the graphs of the first pass, of all its memory
+            compared = compared and (*compared[:-1], [])
             loader.seek(step)
             continue
         tokens = sum(p.x_BCT.shape[0] * p.x_BCT.shape[1] * (p.x_BCT.shape[2] // patch) for p in views.parts)

@@ -42,6 +42,7 @@ class Recording:
     names: tuple[str, ...]
     samples: int
     segments: tuple[tuple[int, int], ...]  # [start, stop) samples; windows never cross their borders
+    onsets_s: tuple[float, ...]  # of the segments in the recording's own time, which counts gaps and what was cropped
     folder: Path
     file: str
     montage: int
@@ -170,6 +171,7 @@ class Cache:
                     tuple(montage["names"]),
                     row["samples"],
                     tuple((start, stop) for start, stop, _ in row["segments"]),
+                    tuple(onset_s for _, _, onset_s in row["segments"]),
                     data,
                     row["shard"],
                     len(montages) + row["montage"],
@@ -216,6 +218,13 @@ class Cache:
             np.isin(table["label"], [i for i, v in enumerate(vocabulary) if v == label]) & (table["duration_s"] > 0)
         ]
         return merge(rows["recording"], rows["onset_s"], rows["onset_s"] + rows["duration_s"])
+
+    def gone(self, label: str) -> np.ndarray:
+        """Seconds of each of a movie's `intervals` that had passed where its stored part begins, for lack of signal."""
+        table, vocabulary = self._events
+        here = table[np.isin(table["label"], [i for i, v in enumerate(vocabulary) if v == label])]
+        gone = dict(zip(zip(here["recording"], here["onset_s"], strict=True), here["value"], strict=True))
+        return np.nan_to_num([gone[key] for key in zip(*self.intervals(label)[:2], strict=True)])
 
     @cached_property
     def _segments(self) -> np.ndarray:

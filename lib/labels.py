@@ -41,6 +41,7 @@ TRAITS = (
 SEXES = {**dict.fromkeys(("m", "male", "man", "boy"), "M"), **dict.fromkeys(("f", "female", "woman", "girl"), "F")}
 
 # HBN's films and their length in seconds (video_start to video_stop in the releases): the most an interval without video_stop can last
+MOVIE = "movie:"  # how the labels of movies begin
 MOVIES = {"DespicableMe": 170.6, "ThePresent": 203.1, "DiaryOfAWimpyKid": 117.4, "FunwithFractals": 163.0}
 EYE_CUES = {"instructed_toopeneyes": "eyes_open", "instructed_tocloseeyes": "eyes_closed"}
 EYE_STATES = {
@@ -330,17 +331,17 @@ def _movies(events: list[Event], task: str, duration_s: float) -> list[Event]:
     """From video_start to the next video_stop; where that is missing, a film of known length lasts that long, others are not guessed."""
     name = next((movie for movie in MOVIES if movie.lower() == task.lower()), task)
     given = [e for e in events if name and e.duration_s > 0 and _plain(e.label) == "movie"]
-    shown = [Event(e.onset_s, e.duration_s, f"movie:{name}") for e in given]
+    shown = [Event(e.onset_s, e.duration_s, f"{MOVIE}{name}") for e in given]
     if name not in MOVIES and not re.search("movie|video|film", task, re.IGNORECASE):
         return shown  # HBN's surroundSupp carries stray video triggers
     starts = [e.onset_s for e in events if _plain(e.label) == "video_start"]
     stops = [e.onset_s for e in events if _plain(e.label) == "video_stop"]
-    for start, following in zip(starts, [*starts[1:], math.inf], strict=True):
+    for start, following in zip(starts, [*starts[1:], math.inf], strict=False):  # there may be none
         stop = next((t for t in stops if start < t <= following), None)
         if stop is None and name in MOVIES:
             stop = min(start + MOVIES[name], following, duration_s)
         if stop is not None and stop > start:
-            shown.append(Event(start, stop - start, f"movie:{name}"))
+            shown.append(Event(start, stop - start, f"{MOVIE}{name}"))
     return shown
 
 

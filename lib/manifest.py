@@ -249,7 +249,8 @@ def to_signal_time(event: Event, segments: list, rate_hz: float) -> Event | None
     """
     An event moved from recording time to the time of the stored signal, where gaps and cropped parts are left out.
 
-    An interval is clipped to what is stored; None if nothing of the event is. Segments are [start, stop) samples and onset in seconds.
+    An interval is clipped to what is stored; None if nothing of the event is. The value of a movie's is then the seconds of it that had gone by:
+    moments count from its first frame. Segments are [start, stop) samples and onset in seconds.
     """
 
     def place(t_s: float) -> tuple[float, bool]:
@@ -266,11 +267,12 @@ def to_signal_time(event: Event, segments: list, rate_hz: float) -> Event | None
     if event.duration_s <= 0:
         return Event(round(start_s, 6), 0.0, event.label, event.value) if inside else None
     stop_s, _ = place(event.onset_s + event.duration_s)
-    return (
-        Event(round(start_s, 6), round(stop_s - start_s, 6), event.label, event.value)
-        if stop_s - start_s > 1e-9
-        else None
-    )
+    if stop_s - start_s <= 1e-9:
+        return None
+    value = event.value
+    if event.label.startswith(labels.MOVIE) and not inside:
+        value = round(next(onset_s for _, _, onset_s in segments if onset_s > event.onset_s) - event.onset_s, 6)
+    return Event(round(start_s, 6), round(stop_s - start_s, 6), event.label, value)
 
 
 def count_windows(

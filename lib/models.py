@@ -63,7 +63,9 @@ class Architecture:
         if self.d_model % (2 * self.heads):
             raise Unusable(f"--d-model {self.d_model} must be a multiple of 2 x --heads {self.heads}")
         if self.patch < 8:
-            raise Unusable(f"a patch of {self.patch} samples is too short for a spectrum; raise --patch-s")
+            raise Unusable(
+                f"a patch of {self.patch} samples is too short for a spectrum; raise --patch-s (--patch of train_flow.py)"
+            )
 
 
 class PatchEmbedding(nn.Module):

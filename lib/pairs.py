@@ -16,17 +16,18 @@ Shape letters: S spans, B pairs of a batch, V = 2B views (all anchors, then all 
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from lib.cache import Cache
 from lib.errors import Unusable
+from lib.labels import MOVIE
 from lib.masks import uniform
 from lib.samplers import DatasetSampler
 
 KINDS = ("movie", "resting", "event", "task", "augment", "neighbour")
-MOVIE = "movie:"  # how the labels of movies begin
 EYES = ("eyes_open", "eyes_closed")
 REST = re.compile(r"rest(ing)?([ _-]?state)?", re.IGNORECASE)  # a task that is rest, and says nothing of the eyes
 TRIES = 8  # partners drawn blindly, before all that are possible are listed
@@ -72,30 +73,48 @@ class Spans:
     """
     Stretches of good segments, each at least one window long, during which one thing (`what`) goes on since `onset`; in samples.
 
-    In order of recording and start. Windows are counted through as 0 … len-1, every `stride` from the start of a span.
+    In order of recording and start. Windows are counted through as 0 … len-1, every `stride` from the start of a span. What isn't stored (gaps,
+    cropped parts) has gone by all the same: a stretch behind it has an onset so much earlier. `interval` is the row of the table.
     """
 
     def __init__(self, cache: Cache, rows: list[int], table: list[tuple], samples: int, stride: int):
-        """`table` has recording rows, onset and stop in seconds (numbers or arrays), and a name; what isn't in `rows` is left out."""
+        """
+        `table` has recording rows, onset and stop in seconds of the stored signal (numbers or arrays), a name, and, if it isn't 0, the seconds that had
+        gone by at the onset; what isn't in `rows` is left out.
+        """
         known: dict[str, int] = {}
         columns = [
-            np.stack(np.broadcast_arrays(*np.atleast_1d(row, onset_s, stop_s), known.setdefault(name, len(known))))
-            for row, onset_s, stop_s, name in table
+            np.stack(
+                np.broadcast_arrays(
+                    *np.atleast_1d(row, onset_s, stop_s, *gone_s or (0.0,)), known.setdefault(name, len(known))
+                )
+            )
+            for row, onset_s, stop_s, name, *gone_s in table
         ]
-        row_N, onset_N, stop_N, what_N = np.concatenate([np.empty((4, 0)), *columns], axis=1)
+        row_N, onset_N, stop_N, gone_N, what_N = np.concatenate([np.empty((5, 0)), *columns], axis=1)
         segments = [(i, start, stop) for i in sorted(rows) for start, stop in cache.recordings[i].segments]
         row_G, begin_G, end_G = np.array(segments, np.int64).reshape(-1, 3).T
-        onset_N, stop_N = (np.rint(t * cache.rate_hz).astype(np.int64) for t in (onset_N, stop_N))
+        missing_G = (
+            np.rint([t * cache.rate_hz for i in sorted(rows) for t in cache.recordings[i].onsets_s]).astype(np.int64)
+            - begin_G
+        )
+        onset_N, stop_N, gone_N = (np.rint(t * cache.rate_hz).astype(np.int64) for t in (onset_N, stop_N, gone_N))
 
         # every interval with every segment of its recording
         low_N, high_N = (np.searchsorted(row_G, row_N, side) for side in ("left", "right"))
         n = np.repeat(np.arange(len(row_N)), high_N - low_N)
         g = np.arange(len(n)) - np.repeat(np.cumsum(high_N - low_N) - high_N, high_N - low_N)
         start, stop = np.maximum(onset_N[n], begin_G[g]), np.minimum(stop_N[n], end_G[g])
+        long = int(end_G.max(initial=0)) + 1
+        first_N = (
+            np.searchsorted(row_G * long + begin_G, row_N * long + np.minimum(onset_N, long - 1), side="right") - 1
+        )
+        first_N = np.maximum(first_N, low_N)  # the segment that an interval begins in
+        since = onset_N[n] - gone_N[n] - (missing_G[g] - missing_G[first_N[n]])
         keep = stop - start >= samples
         order = np.lexsort((start[keep], row_G[g][keep]))
-        self.row_S, self.onset_S, self.start_S, self.stop_S, self.what_S = (
-            a[keep][order].astype(np.int64) for a in (row_G[g], onset_N[n], start, stop, what_N[n])
+        self.row_S, self.onset_S, self.start_S, self.stop_S, self.what_S, self.interval_S = (
+            a[keep][order].astype(np.int64) for a in (row_G[g], since, start, stop, what_N[n], n)
         )
         self.names, self.samples, self.stride = list(known), samples, stride
         subjects = [r.subject for r in cache.recordings]
@@ -116,8 +135,22 @@ class Spans:
             return np.full(len(row_N), -1)
         long = int(max(self.stop_S.max(), start_N.max(initial=0))) + 1
         at_N = np.searchsorted(self.row_S * long + self.start_S, row_N * long + start_N, side="right") - 1
-        inside = (at_N >= 0) & (self.row_S[at_N] == row_N) & (start_N + self.samples <= self.stop_S[at_N])
-        return np.where(inside, at_N, -1)
+        at_N = np.where(self.row_S[at_N] == row_N, at_N, -1)
+        while len(over := np.flatnonzero((at_N >= 0) & (start_N + self.samples > self.stop_S[at_N]))):
+            at_N[over] = self._longer_S[at_N[over]]
+        return at_N
+
+    @cached_property
+    def _longer_S(self) -> np.ndarray:
+        """Of every span the last one before it, in the same recording, that ends later; -1: none."""
+        longer_S, open_ones = np.full(len(self.row_S), -1), []
+        for s, (row, stop) in enumerate(zip(self.row_S.tolist(), self.stop_S.tolist(), strict=True)):
+            while open_ones and (open_ones[-1][0] != row or open_ones[-1][1] <= stop):
+                open_ones.pop()
+            if open_ones:
+                longer_S[s] = open_ones[-1][2]
+            open_ones.append((row, stop, s))
+        return longer_S
 
 
 def find_spans(
@@ -137,7 +170,7 @@ def find_spans(
     """
     windows, labels = cache.windows(None, window_s, stride_s, rows), cache.labels()
     if kind == "movie":
-        table = [(*cache.intervals(name), name) for name in labels if name.startswith(MOVIE)]
+        table = [(*cache.intervals(name), name, cache.gone(name)) for name in labels if name.startswith(MOVIE)]
     elif kind == "event":
         if unknown := sorted(set(events) - set(labels)):
             raise Unusable(f"--events {' '.join(unknown)}: no such event in the cache; it has {', '.join(labels)}")
@@ -396,12 +429,13 @@ def movie_moments(
         subjects, first = np.unique(spans.subject_S[here], return_index=True)
         if len(subjects) < 2:
             continue
-        row_S, onset_S = spans.row_S[here][first], spans.onset_S[here][first]
+        row_S, shown_S = spans.row_S[here][first], spans.interval_S[here][first]
         last = int((spans.stop_S - spans.onset_S)[here].max()) - spans.samples
-        start_SM = onset_S[:, None] + np.arange(0, last + 1, spans.stride)
-        inside_SM = np.zeros(start_SM.shape, bool)
-        for s in here:
-            mine_SM = (row_S == spans.row_S[s])[:, None] & (onset_S == spans.onset_S[s])[:, None]
-            inside_SM |= mine_SM & (start_SM >= spans.start_S[s]) & (start_SM + spans.samples <= spans.stop_S[s])
-        moments[name.removeprefix(MOVIE)] = (row_S, np.where(inside_SM, start_SM, -1))
+        after_M = np.arange(0, last + 1, spans.stride)
+        start_SM = np.full((len(row_S), len(after_M)), -1)
+        for s in here:  # each stretch of the interval that was chosen of its subject
+            start_M = spans.onset_S[s] + after_M
+            inside_M = (start_M >= spans.start_S[s]) & (start_M + spans.samples <= spans.stop_S[s])
+            start_SM[np.ix_(shown_S == spans.interval_S[s], inside_M)] = start_M[inside_M]
+        moments[name.removeprefix(MOVIE)] = (row_S, start_SM)
     return moments

@@ -28,6 +28,7 @@ EXPLODED = 1000.0
 REMEMBERED, ENOUGH = 101, 20  # gradient norms that the median is of, at most and at least
 CALM = 500  # steps taken after which a lowered rate doubles
 OUT_OF_MEMORY = (
+    "could not create a primitive",  # oneDNN
     "can't allocate memory",
     "ALLOC_FAILED",
 )  # in the errors of the CPU's allocator, and of cuBLAS and cuDNN

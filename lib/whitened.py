@@ -75,8 +75,9 @@ class Target:
         return found
 
     def _slow(self, part: Part) -> bool:
-        """Whether the phases of what a machine repeats are looked for: such windows have one channel, which is always kept."""
-        return self.whiten.repeats is not None and part.x_BCT.shape[1] == 1
+        """Whether the phases of what a machine repeats are looked for, in windows of recordings of one channel, which is always kept."""
+        alone = all(len(self.corpus.recordings[row].names) == 1 for row in part.recording_B)
+        return self.whiten.repeats is not None and alone
 
     def _known(self, part: Part, start_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """`_make` for windows of one channel, of which those met before are remembered."""

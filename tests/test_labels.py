@@ -178,6 +178,11 @@ def test_eyes_open_and_closed_hold_until_the_next_instruction():
     assert triples(short)[-1] == (46.5, 13.5, "eyes_open")
 
 
+@pytest.mark.parametrize("task", ["DespicableMe", "film", "movie", "VideoTask"])
+def test_a_film_without_triggers_is_no_movie(task):
+    assert [e.label for e in labels.normalise_events([Event(1.0, 0.0, "x")], task, 60.0)] == ["x"]
+
+
 def test_movies_run_from_start_to_stop():
     events = [Event(5.0, 0.0, "video_start"), Event(208.1, 0.0, "video_stop")]
     found = labels.normalise_events(events, "ThePresent", 220.0)

@@ -3,6 +3,7 @@
 import time
 from types import SimpleNamespace
 
+import mne
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from lib.cache import Cache
 from lib.errors import Unusable
 from lib.pairs import KINDS, PairSampler, Partners, Spans, find_spans, movie_moments, parse_shares
+from tests import recipes
 from tests.movie_cases import build
 
 
@@ -192,7 +194,10 @@ def test_every_anchor_comes_once_per_epoch(cache):
 
 def world(segments: list[list[tuple[int, int]]], subjects: list[str]) -> SimpleNamespace:
     """Recordings with nothing but segments (samples) and subjects, at 1 Hz so that seconds are samples."""
-    recordings = [SimpleNamespace(segments=tuple(s), subject=u) for s, u in zip(segments, subjects, strict=True)]
+    recordings = [
+        SimpleNamespace(segments=tuple(s), subject=u, onsets_s=tuple(float(start) for start, _ in s))
+        for s, u in zip(segments, subjects, strict=True)
+    ]
     return SimpleNamespace(recordings=recordings, rate_hz=1.0)
 
 
@@ -233,11 +238,7 @@ def test_spans_are_intervals_within_segments(made, samples, stride):
     for (row, t), s in zip(where, spans.find(*where.T), strict=True):
         holding = [i for i in range(len(spans.row_S)) if spans.row_S[i] == row and spans.start_S[i] <= t]
         holding = [i for i in holding if t + samples <= spans.stop_S[i]]
-        if s >= 0:
-            assert s in holding
-        else:  # overlapping spans: the one that began last decides
-            started = [i for i in range(len(spans.row_S)) if spans.row_S[i] == row and spans.start_S[i] <= t]
-            assert not holding or max(started) not in holding
+        assert s == max(holding, default=-1)  # of overlapping spans the one that began last
 
 
 @given(worlds(), st.booleans())
@@ -339,7 +340,8 @@ def test_a_task_that_is_a_state_will_do(cache):
     for i in films:
         r = cache.recordings[i]
         task = {"DespicableMe": "eyes_open", "ThePresent": "Resting state"}[r.task]
-        stand_in.recordings[i] = SimpleNamespace(task=task, segments=r.segments, samples=r.samples, subject=r.subject)
+        whole = {name: getattr(r, name) for name in ("segments", "onsets_s", "samples", "subject")}
+        stand_in.recordings[i] = SimpleNamespace(task=task, **whole)
     spans = find_spans(stand_in, films, "resting", 2.0, 1.0)
     assert {spans.names[w] for w in spans.what_S} == {"eyes_open", "rest"} and len(spans.row_S) == len(films)
 
@@ -360,3 +362,42 @@ def test_movie_moments(cache):
             whole = onset + 100 * np.arange(start_SM.shape[1])
             np.testing.assert_array_equal(start_M, np.where(whole + 200 <= 1950, whole, -1))
         assert (start_SM >= 0).any(0).all()
+
+
+def test_a_moment_is_the_same_behind_gaps_and_in_cropped_recordings(tmp_path):
+    """One film, seen by six: whole; without 20 to 30 s; from 12 s on; begun in what is not there."""
+    (folder := tmp_path / "raw").mkdir()
+    rng = np.random.default_rng(0)
+    film_CT = 20e-6 * rng.standard_normal((4, 6000))
+    info = mne.create_info(["Fz", "Cz", "Pz", "Oz"], 100, "eeg")
+    for s in range(6):
+        raw = mne.io.RawArray(film_CT + 2e-6 * rng.standard_normal(film_CT.shape), info, verbose="ERROR")
+        marks = [(5.0, 50.0, "movie:abc")]
+        marks += {1: [(20.0, 10.0, "BAD_ACQ_SKIP")], 4: [(3.0, 6.0, "BAD_ACQ_SKIP")]}.get(s, [])
+        raw.set_annotations(mne.Annotations(*zip(*marks, strict=True)))
+        raw.save(folder / f"s{s}_film_eeg.fif", verbose="ERROR")
+    rule = "name = 'x'\npattern = 's(?P<subject>.)_(?P<task>film)_eeg.fif'\n[crop.subject]\n2 = [12.0, 60.0]\n"
+    (folder / "dataset.toml").write_text(rule)
+    words = ("--source", folder, "--cache", tmp_path / "cache", "--workers", 1, "--scale", "none")
+    status, results, err = recipes.run(*words)
+    assert status == 0 and results["recordings"] == 6, err
+    cache = Cache(tmp_path / "cache")
+    assert [len(r.segments) for r in cache.recordings] == [1, 2, 1, 1, 2, 1]
+    rows = list(range(6))
+    sampler = PairSampler(cache, rows, 4.0, 2.0, {"movie": 1.0}, 16, 0)
+    seen = set()
+    for step in range(40):
+        pairs = sampler.draw(step)
+        x_VCT = cache.read(pairs.recording_V, pairs.start_V, 400, cache.unit).x_BCT
+        for a, b in zip(x_VCT[:16], x_VCT[16:], strict=True):
+            assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.8
+        seen |= set(pairs.recording_V.tolist())
+    assert seen == set(rows)
+    ((row_S, start_SM),) = movie_moments(cache, rows, 4.0, 1.0).values()
+    assert start_SM.shape == (6, 47)
+    for m in range(47):
+        there = np.flatnonzero(start_SM[:, m] >= 0)
+        x_SCT = cache.read(row_S[there], start_SM[there, m], 400, cache.unit).x_BCT
+        assert all(np.corrcoef(x_SCT[0].ravel(), x.ravel())[0, 1] > 0.8 for x in x_SCT[1:])
+    first_S = (start_SM >= 0).argmax(1)
+    assert first_S.tolist() == [0, 0, 7, 0, 4, 0] and (start_SM[1] >= 0).sum() == 47 - 13

@@ -1,5 +1,6 @@
 """lib/rhythm.py: the rhythms of knocking signals are found and of noise are not, phases follow the clock, and a network is told both."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -237,6 +238,35 @@ def test_windows_whose_phases_were_looked_for_are_remembered_whoever_shares_the_
     forgetful = fit()[0]
     read(forgetful, told, starts)
     assert not forgetful._made
+
+
+def test_windows_of_one_of_several_channels_are_of_the_one_that_is_drawn(tmp_path):
+    rng = np.random.default_rng(8)
+    for name, channels in (("machine", ["DE"]), ("three", ["DE", "FE", "BA"])):
+        (source := tmp_path / name).mkdir()
+        np.save(source / "1000_worn1.npy", knocking(rng, 60_000, len(channels)).numpy().astype(np.float32))
+        rule = RULE.replace('"machine"', f'"{name}"').replace('["DE"]', json.dumps(channels))
+        (source / "dataset.toml").write_text(rule)
+    sources = ("--source", tmp_path / "machine", tmp_path / "three")
+    status, _, err = recipes.run(*sources, "--cache", tmp_path / "cache", "--workers", 1)
+    assert status == 0, err
+    corpus = Corpus((tmp_path / "cache",), 512, 8, 128, True, 0.6)
+    assert sorted(len(r.names) for r in corpus.recordings) == [1, 3]
+    columns = dict(label=(), domain=(), speed="", traits=())
+    how = dict(by_recording=True, order=16, rhythms=1, unmix=False, level=True, hum=True, flatten=True)
+
+    def read(target, step):
+        parts = target.read(np.array([0, 1]), np.array([600, 600]), np.arange(2), 1, 0, 0, step)
+        return {int(w.recording_B[b]): w.x1_BCT[b] for w in parts for b in range(len(w.x1_BCT))}
+
+    target, others = fit_target(corpus, **columns, **how)[0], []
+    assert target.whiten.repeats is not None
+    for step in range(6):
+        remembered, fresh = read(target, step), read(fit_target(corpus, **columns, **how)[0], step)
+        assert all(torch.equal(remembered[row], fresh[row]) for row in (0, 1))
+        others.append(remembered)
+    several = next(row for row, r in enumerate(corpus.recordings) if len(r.names) == 3)
+    assert not all(torch.equal(o[several], others[0][several]) for o in others)  # another channel is drawn
 
 
 @pytest.mark.slow
