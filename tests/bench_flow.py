@@ -29,6 +29,7 @@ from lib.conditions import Condition
 from lib.flops import count_flops, matmul_rate
 from lib.models import Architecture, build_encoder
 from lib.optim import decay_groups, ema_update
+from lib.precision import autocast
 from lib.velocity import Shape, Velocity
 from train_flow import PRESETS, Config
 
@@ -78,6 +79,16 @@ def stepper(net: Velocity, cfg: Config, batch: int, channels: int, micro: int, m
     return step
 
 
+def in_bfloat16(step: Callable[[], None]) -> Callable[[], None]:
+    """The same step with matrix products in bfloat16."""
+
+    def work() -> None:
+        with autocast("cpu", "bfloat16"):
+            step()
+
+    return work
+
+
 def timed(works: dict[str, Callable[[], None]], rounds: int, repeats: int = 10) -> dict[str, dict[str, float]]:
     """Median wall and CPU time per call, the works taking turns."""
     for work in works.values():
@@ -100,7 +111,14 @@ def bench_step(rounds: int) -> dict:
     """mini at batch 32 x 1024: steps/s, and against torchcfm with the same network."""
     cfg = Config()
     net = network(cfg)
-    works = {"ours": stepper(net, cfg, 32, 1, 0)}
+    works = {"ours": stepper(net, cfg, 32, 1, 0), "bfloat16": in_bfloat16(stepper(network(cfg), cfg, 32, 1, 0))}
+    try:  # --compile takes a C++ compiler
+        works["compiled"] = stepper(torch.compile(network(cfg)), cfg, 32, 1, 0)
+        works["compiled_bfloat16"] = in_bfloat16(stepper(torch.compile(network(cfg)), cfg, 32, 1, 0))
+        timed({name: works[name] for name in ("compiled", "compiled_bfloat16")}, 1, 1)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        print("no C++ compiler: steps with --compile aren't timed", file=sys.stderr)
+        works = {name: work for name, work in works.items() if not name.startswith("compiled")}
     try:
         from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
@@ -111,6 +129,7 @@ def bench_step(rounds: int) -> dict:
     found = {
         "parameters": sum(p.numel() for p in net.parameters()),
         "steps_per_s": 1e3 / times["ours"]["best_ms"],
+        **{f"steps_per_s_{n}": 1e3 / t["best_ms"] for n, t in times.items() if n not in ("ours", "torchcfm")},
         **times,
     }
     if "torchcfm" in times:
