@@ -270,8 +270,9 @@ def to_signal_time(event: Event, segments: list, rate_hz: float) -> Event | None
     if stop_s - start_s <= 1e-9:
         return None
     value = event.value
-    if event.label.startswith(labels.MOVIE) and not inside:
-        value = round(next(onset_s for _, _, onset_s in segments if onset_s > event.onset_s) - event.onset_s, 6)
+    if event.label.startswith(labels.MOVIE):  # whatever a table said
+        behind_s = (onset_s for _, _, onset_s in segments if onset_s > event.onset_s)
+        value = math.nan if inside else round(next(behind_s) - event.onset_s, 6)
     return Event(round(start_s, 6), round(stop_s - start_s, 6), event.label, value)
 
 

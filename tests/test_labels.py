@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lib import labels
 from lib.errors import Rejected, Unusable
+from lib.manifest import to_signal_time
 from lib.recordings import Event
 from tests.label_cases import CSV_BI_CASES, DURATION_S, STEM, csv_bi
 
@@ -181,6 +182,19 @@ def test_eyes_open_and_closed_hold_until_the_next_instruction():
 @pytest.mark.parametrize("task", ["DespicableMe", "film", "movie", "VideoTask"])
 def test_a_film_without_triggers_is_no_movie(task):
     assert [e.label for e in labels.normalise_events([Event(1.0, 0.0, "x")], task, 60.0)] == ["x"]
+
+
+def test_a_movie_that_begins_where_nothing_is_stored_says_how_much_has_gone_by():
+    segments = [(0, 1000, 0.0), (1000, 2000, 20.0)]  # ten seconds, ten of nothing, ten more
+
+    def placed(onset_s, duration_s, label, value=math.nan):
+        e = to_signal_time(Event(onset_s, duration_s, label, value), segments, 100.0)
+        return (e.onset_s, e.duration_s, None if math.isnan(e.value) else e.value)
+
+    assert placed(5.0, 20.0, "movie:x", 7.0) == (5.0, 10.0, None)  # a table's value is no time
+    assert placed(12.0, 18.0, "movie:x") == (10.0, 10.0, 8.0)
+    assert placed(20.0, 5.0, "movie:x") == (10.0, 5.0, None)
+    assert placed(12.0, 18.0, "look", 7.0) == (10.0, 10.0, 7.0)
 
 
 def test_movies_run_from_start_to_stop():
