@@ -51,7 +51,7 @@ def run(
 
     `main(cfg)` returns the results, which become the last line of stdout (None prints nothing: ranks other than 0), with
     status 3 if they hold a `quarantined` other than 0. Whatever else is printed meanwhile, also by child processes, goes to
-    stderr. Unusable → one line and 2; Failed, or a file that the system refuses to write or to read → one line and 1; KeyboardInterrupt → 130,
+    stderr. Unusable → one line and 2; Failed, no memory, or a file that the system refuses to write or to read → one line and 1; KeyboardInterrupt → 130,
     its message telling how to go on; other errors are bugs and keep their traceback (1).
     """
     complaint, results, status = "", None, DONE
@@ -69,6 +69,8 @@ def run(
         if e.errno not in REFUSED:
             raise
         complaint, status = f"{e.filename or 'a file'}: {e.strerror}; {REFUSED[e.errno]}", FAILED
+    except MemoryError as e:  # of NumPy and Python; those of PyTorch are a step's, which is done again in parts
+        complaint, status = f"out of memory ({e}): free some, or take less at a time", FAILED
     except KeyboardInterrupt as e:
         complaint, status = " ".join(["interrupted", *map(str, e.args)]), INTERRUPTED
     if complaint:  # here, where a progress bar has gone with the frames that the exception held, and has ended its line

@@ -108,6 +108,7 @@ def test_results_are_the_only_thing_on_stdout(capfd, monkeypatch):
         (Unusable("no manifest in cache/x;\n  build it"), 2, "toy.py: no manifest in cache/x; build it\n"),
         (Failed("disk full"), 1, "toy.py: disk full\n"),
         (KeyboardInterrupt("at step 3; resume it"), 130, "toy.py: interrupted at step 3; resume it\n"),
+        (MemoryError("8 GiB"), 1, "toy.py: out of memory (8 GiB): free some, or take less at a time\n"),
         (OSError(errno.ENOSPC, "no space", "a/b"), 1, "toy.py: a/b: no space; make space, and run it again\n"),
     ],
 )
