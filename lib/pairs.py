@@ -16,7 +16,6 @@ Shape letters: S spans, B pairs of a batch, V = 2B views (all anchors, then all 
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -129,28 +128,13 @@ class Spans:
         span_N = np.searchsorted(self.first, ids_N, side="right") - 1
         return span_N, self.start_S[span_N] + (ids_N - self.first[span_N]) * self.stride
 
-    def find(self, row_N: np.ndarray, start_N: np.ndarray) -> np.ndarray:
-        """The span that holds each window wholly, -1 where there is none; where several do, the one that began last."""
-        if not len(self):
-            return np.full(len(row_N), -1)
-        long = int(max(self.stop_S.max(), start_N.max(initial=0))) + 1
-        at_N = np.searchsorted(self.row_S * long + self.start_S, row_N * long + start_N, side="right") - 1
-        at_N = np.where(self.row_S[at_N] == row_N, at_N, -1)
-        while len(over := np.flatnonzero((at_N >= 0) & (start_N + self.samples > self.stop_S[at_N]))):
-            at_N[over] = self._longer_S[at_N[over]]
-        return at_N
-
-    @cached_property
-    def _longer_S(self) -> np.ndarray:
-        """Of every span the last one before it, in the same recording, that ends later; -1: none."""
-        longer_S, open_ones = np.full(len(self.row_S), -1), []
-        for s, (row, stop) in enumerate(zip(self.row_S.tolist(), self.stop_S.tolist(), strict=True)):
-            while open_ones and (open_ones[-1][0] != row or open_ones[-1][1] <= stop):
-                open_ones.pop()
-            if open_ones:
-                longer_S[s] = open_ones[-1][2]
-            open_ones.append((row, stop, s))
-        return longer_S
+    def holding(self, among_G: np.ndarray, row_N: np.ndarray, start_N: np.ndarray) -> np.ndarray:
+        """Which of the spans `among_G` (ascending ids) holds each window wholly, the last that began before it or none: its id, or -1."""
+        long = int(max(self.stop_S.max(initial=0), start_N.max(initial=0))) + 1
+        key_G = self.row_S[among_G] * long + self.start_S[among_G]
+        at_N = among_G[np.searchsorted(key_G, row_N * long + start_N, side="right") - 1]
+        inside = (self.row_S[at_N] == row_N) & (self.start_S[at_N] <= start_N)
+        return np.where(inside & (start_N + self.samples <= self.stop_S[at_N]), at_N, -1)
 
 
 def find_spans(
@@ -215,6 +199,10 @@ class Partners:
         self.high_S = (spans.stop_S - spans.samples - spans.onset_S) * aligned
         self.ranges = self._paired()
 
+    def members(self, group: int) -> np.ndarray:
+        """The spans of a group, ascending."""
+        return self.order[self.start[group] : self.start[group] + self.count[group]]
+
     def _paired(self) -> np.ndarray:
         """Windows for which more spans hold their moment than those of the same owner: id ranges (R, 2)."""
         if not len(self.spans):
@@ -249,7 +237,7 @@ class Partners:
             partner_N[todo[fits]] = drawn[fits]
         for n in np.flatnonzero(partner_N < 0):  # few: those of a group with hardly another owner
             g = group_N[n]
-            everyone = self.order[self.start[g] : self.start[g] + self.count[g]]
+            everyone = self.members(g)
             fitting = everyone[self._fits(everyone, span_N[n], moment_N[n])]
             partner_N[n] = fitting[int(u_NW[n, 0] * len(fitting))]
         return partner_N
@@ -394,19 +382,20 @@ class PairSampler:
         for place, (kind, found) in enumerate(self.partners.items()):
             if kind in ("augment", "neighbour"):
                 continue
-            own_V = place_V == place  # others may happen to be in the same movie
-            at_V = np.where(own_V, span_V, found.spans.find(recording_V, start_V))
-            group_V = np.where(at_V >= 0, found.group_S[at_V], -1 - np.arange(len(at_V)))
-            same_VV = group_V[:, None] == group_V
-            if kind == "movie":
-                moment_V = start_V - found.spans.onset_S[at_V]
-                apart_VV = abs(moment_V[:, None] - moment_V)
-                excluded_VV |= same_VV & (apart_VV < self.guard)
-                alike_VV |= same_VV & (apart_VV <= self.tolerance)
-            else:  # a state is no moment: only pairs of this kind say that it is what counts
-                same_VV &= own_V[:, None] | own_V
-                excluded_VV |= same_VV
-                alike_VV |= same_VV
+            own_V = place_V == place  # others may happen to be in the same movie, or the same state
+            group_V = np.where(own_V, found.group_S[np.where(own_V, span_V, 0)], -1)
+            for group in np.unique(found.group_S if kind == "movie" else group_V[own_V]):
+                at_V = found.spans.holding(found.members(group), recording_V, start_V)
+                same_VV = (at_V >= 0)[:, None] & (at_V >= 0)
+                if kind == "movie":
+                    moment_V = start_V - found.spans.onset_S[at_V]
+                    apart_VV = abs(moment_V[:, None] - moment_V)
+                    excluded_VV |= same_VV & (apart_VV < self.guard)
+                    alike_VV |= same_VV & (apart_VV <= self.tolerance)
+                else:  # a state is no moment: only pairs of this kind say that it is what counts
+                    same_VV &= (group_V[:, None] == group) | (group_V == group)
+                    excluded_VV |= same_VV
+                    alike_VV |= same_VV
         alike_VV &= ~near_VV
         view_V = np.arange(len(place_V))
         alike_VV[view_V, (view_V + self.batch) % len(view_V)] = True

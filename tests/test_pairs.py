@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.cache import Cache
+from lib.edf import write_edf
 from lib.errors import Unusable
 from lib.pairs import KINDS, PairSampler, Partners, Spans, find_spans, movie_moments, parse_shares
 from tests import recipes
@@ -235,10 +236,12 @@ def test_spans_are_intervals_within_segments(made, samples, stride):
     ]
     assert list(zip(*spans.locate(np.arange(len(spans))), strict=True)) == windows and len(spans) == len(windows)
     where = np.array([(row, t) for row in range(len(cache.recordings)) for t in range(62)])
-    for (row, t), s in zip(where, spans.find(*where.T), strict=True):
-        holding = [i for i in range(len(spans.row_S)) if spans.row_S[i] == row and spans.start_S[i] <= t]
-        holding = [i for i in holding if t + samples <= spans.stop_S[i]]
-        assert s == max(holding, default=-1)  # of overlapping spans the one that began last
+    for what in set(spans.what_S):
+        among = np.flatnonzero(spans.what_S == what)
+        for (row, t), s in zip(where, spans.holding(among, *where.T), strict=True):
+            begun = [i for i in among if spans.row_S[i] == row and spans.start_S[i] <= t]
+            last = max(begun, default=-1)
+            assert s == (last if begun and t + samples <= spans.stop_S[last] else -1)
 
 
 @given(worlds(), st.booleans())
@@ -401,3 +404,46 @@ def test_a_moment_is_the_same_behind_gaps_and_in_cropped_recordings(tmp_path):
         assert all(np.corrcoef(x_SCT[0].ravel(), x.ravel())[0, 1] > 0.8 for x in x_SCT[1:])
     first_S = (start_SM >= 0).argmax(1)
     assert first_S.tolist() == [0, 0, 7, 0, 4, 0] and (start_SM[1] >= 0).sum() == 47 - 13
+
+
+def test_views_of_a_state_are_no_negatives_whatever_shorter_event_is_in_it(tmp_path):
+    (folder := tmp_path / "raw").mkdir()
+    rng = np.random.default_rng(0)
+    for s in range(4):
+        events = [
+            (0.0, 20.0, "block"),
+            (20.0, 20.0, "pause"),
+            (6.0, 4.0, "cue"),
+            (12.0, 4.0, "cue"),
+            (28.0, 4.0, "cue"),
+        ]
+        write_edf(folder / f"s{s:02d}_rest.edf", recipes.noise_uv(rng, 2, 8000), 200, recipes.NAMES[:2], events)
+    (folder / "people.csv").write_text("id,age,sex\n" + "".join(f"s{s:02d},30,F\n" for s in range(4)))
+    (folder / "dataset.toml").write_text(recipes.RULE)
+    status, _, err = recipes.run("--source", folder, "--cache", tmp_path / "cache", "--workers", 1)
+    assert status == 0, err
+    cache = Cache(tmp_path / "cache")
+    drawn_by = PairSampler(cache, list(range(4)), 2.0, 1.0, {"event": 0.5, "augment": 0.5}, 32, 0)
+    spans, within = drawn_by.partners["event"].spans, 0
+    for step in range(20):
+        pairs = drawn_by.draw(step)
+        place_V = np.tile(pairs.kind_B, 2)
+        held_LV = [
+            [
+                any(
+                    spans.row_S[i] == row and spans.start_S[i] <= t and t + 200 <= spans.stop_S[i]
+                    for i in np.flatnonzero(spans.what_S == what)
+                )
+                for row, t in zip(pairs.recording_V, pairs.start_V, strict=True)
+            ]
+            for what in range(len(spans.names))
+        ]
+        held_LV = np.array(held_LV)
+        negative_VV = ~(pairs.alike_VV | pairs.excluded_VV)
+        event_V, augment_V = (place_V == KINDS.index(kind) for kind in ("event", "augment"))
+        only_V = event_V & (held_LV.sum(0) == 1)  # drawn for the one state it is in
+        for state_V in held_LV:
+            among_VV = (only_V & state_V)[:, None] & (augment_V & state_V)
+            within += among_VV.sum()
+            assert not (among_VV & negative_VV).any()
+    assert within > 1000
