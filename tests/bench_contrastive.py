@@ -91,7 +91,7 @@ def main(cfg: Config) -> dict | None:
             seconds.setdefault(stage, []).append(took)
     medians = {stage: statistics.median(values[1:]) for stage, values in seconds.items()}
     ranks.wait()
-    loader, began = Prefetch(read, 0, cfg.rounds), time.perf_counter()
+    loader, began = Prefetch(read, 0, cfg.rounds, shares=True), time.perf_counter()
     for _, views in loader:
         learn(views)
     wait = loader.waited_s / (time.perf_counter() - began)

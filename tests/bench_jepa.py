@@ -327,7 +327,7 @@ def profile(cfg: Config) -> dict:
             for stage, took in stages(step, draw, turn, dtype).items():
                 seconds.setdefault(stage, []).append(took)
         medians = {stage: statistics.median(values[1:]) for stage, values in seconds.items()}
-        loader, began = Prefetch(draw, 0, 5 * cfg.rounds), time.perf_counter()
+        loader, began = Prefetch(draw, 0, 5 * cfg.rounds, shares=True), time.perf_counter()
         for _, (part,) in loader:
             step.part = part
             step()
