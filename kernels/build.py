@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def library(kind: str) -> Path:
         import torch  # here, because building a cache needs none of it
 
         parts += [torch.__version__, str(torch.version.git_version), *threading_flags()]
-    for path in [*sources(kind), *sorted(FOLDERS["torch"].glob("*.h"))]:
+    else:
+        parts += python_flags()
+    for path in [*sources(kind), *sorted({*FOLDERS["torch"].glob("*.h"), *FOLDERS[kind].glob("*.h")})]:
         parts += [path.name, path.read_text()]
     return HERE / f"_{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}.so"
 
@@ -52,6 +55,15 @@ def threading_flags() -> list[str]:
     import torch
 
     return ["-Xpreprocessor", "-fopenmp"] if torch.backends.openmp.is_available() else []
+
+
+def python_flags() -> list[str]:
+    """For what Python calls without ctypes; none where Python's headers aren't (Debian: python3-dev), and ctypes does it."""
+    folders = {sysconfig.get_path(name) for name in ("include", "platinclude")}
+    if not any((Path(folder) / "Python.h").exists() for folder in folders):
+        return []
+    missing = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []  # Python itself has the rest
+    return [f'-DWITH_PYTHON="{sys.implementation.cache_tag}"', *missing, *(f"-isystem{f}" for f in sorted(folders))]
 
 
 def compiler() -> str | None:
@@ -94,6 +106,8 @@ def compile_to(target: Path, kind: str, gxx: str, extra: tuple[str, ...] = ()) -
             f"-isystem{root / 'include'}",
         ]
         command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    else:
+        command += python_flags()
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:

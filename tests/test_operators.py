@@ -6,7 +6,9 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import BuiltinFunctionType
 
 import numpy as np
 import pytest
@@ -339,6 +341,52 @@ def test_filter_that_cannot_be_is_refused():
             plain.Sections(np.asarray(wrong[0]), wrong[1].numpy())
     with pytest.raises(ValueError, match="2 channels, not 3"):
         plain.Sections(SOS, state.numpy())(np.zeros((2, 4)))
+
+
+def test_filter_without_pythons_headers(tmp_path, monkeypatch):
+    if plain.library() is None:
+        pytest.skip("no g++")
+    if build.python_flags():
+        assert hasattr(plain.library(), "PyInit__plain") and isinstance(
+            plain.filter_of(plain.library()), BuiltinFunctionType
+        )
+    monkeypatch.setattr(build, "python_flags", list)
+    monkeypatch.setattr(
+        build, "sources", lambda kind: [build.FOLDERS[kind] / f"{name}.cpp" for name in ("filter", "python")]
+    )
+    build.compile_to(tmp_path / "plain.so", "plain", build.compiler())
+    monkeypatch.setattr(build, "build", lambda kind, say: tmp_path / "plain.so")
+    monkeypatch.setattr(plain, "_loaded", [])
+    assert not hasattr(plain.library(), "PyInit__plain")
+    for C, T in ((21, 33), (3, 1), (5, 0)):
+        test_filter_is_scipys_bit_for_bit(C, T)
+
+
+def test_what_the_filter_of_python_refuses():
+    call = plain.filter_of(plain.library()) if plain.library() else None
+    if not isinstance(call, BuiltinFunctionType):
+        pytest.skip("the library was compiled without Python's headers")
+    x_CT, sections = np.zeros((3, 5)), plain.Sections(SOS, np.zeros((len(SOS), 2, 3)))
+    for wrong, error in (((x_CT, x_CT), TypeError), ((x_CT, x_CT, 0), ValueError), ((x_CT, x_CT, "a"), TypeError)):
+        with pytest.raises(error):
+            call(*wrong)
+    for x, y in ((1, x_CT), (x_CT, x_CT[:, ::2]), (x_CT.T, x_CT), (x_CT, b"unwritable")):
+        with pytest.raises((TypeError, ValueError, BufferError)):
+            call(x, y, sections._at)
+    assert not sections.state_S2C.any()
+
+
+def test_sections_of_many_threads():
+    x_CT = np.random.default_rng(0).normal(size=(21, 2000))  # long: other threads run meanwhile
+    expected = plain.Sections(SOS, np.zeros((len(SOS), 2, 21)))(x_CT)
+
+    def feed(_) -> bool:
+        sections = plain.Sections(SOS, np.zeros((len(SOS), 2, 21)))
+        parts = [sections(part) for part in np.split(x_CT, [1, 9, 400, 1900], 1)]
+        return np.array_equal(np.concatenate(parts, 1), expected)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(feed, range(64)))
 
 
 def test_sections_are_copied_and_pickled_with_their_state(monkeypatch):
