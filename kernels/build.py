@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -74,7 +75,7 @@ def compiler() -> str | None:
 def build(kind: str, say=lambda line: None) -> Path:
     """The library's path, after compiling it if it isn't there; of several processes one compiles. Raises BuildFailed."""
     target = library(kind)
-    if target.exists():
+    if whole(target):
         return target
     gxx = compiler()
     if gxx is None:
@@ -83,7 +84,7 @@ def build(kind: str, say=lambda line: None) -> Path:
     try:
         with open(HERE / "_build.lock.tmp", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
+            if not whole(target):
                 say(f"compiling {HERE.name}/csrc ({kind}) with {Path(gxx).name}, once: up to half a minute")
                 began = time.monotonic()
                 compile_to(target, kind, gxx)
@@ -91,6 +92,18 @@ def build(kind: str, say=lambda line: None) -> Path:
     except OSError as e:  # a read-only checkout, a full disk
         raise BuildFailed(f"{HERE} can't be written ({e.strerror})") from e
     return target
+
+
+def whole(library: Path) -> bool:
+    """Whether it is there, and on Linux as long as its ELF header says: one cut by a crash would end the process that loads it."""
+    if not library.exists():
+        return False
+    with open(library, "rb") as f:
+        header, size = f.read(64), os.fstat(f.fileno()).st_size
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian
+        sections, each, count = struct.unpack_from("<Q10xHH", header, 40)
+        return sections + each * count <= size
+    return size > 0 and sys.platform != "linux"
 
 
 def compile_to(target: Path, kind: str, gxx: str, extra: tuple[str, ...] = ()) -> None:
@@ -113,6 +126,8 @@ def compile_to(target: Path, kind: str, gxx: str, extra: tuple[str, ...] = ()) -
         if done.returncode:
             lines = done.stderr.splitlines() or ["no message"]
             raise BuildFailed(f"{Path(gxx).name} failed: {next((x for x in lines if 'error' in x), lines[0])}")
+        with open(half, "rb") as f:
+            os.fsync(f.fileno())
         os.replace(half, target)  # whole or not at all, also for a process on another machine that shares this folder
     finally:
         half.unlink(missing_ok=True)

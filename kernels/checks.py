@@ -7,6 +7,14 @@ import torch
 MOST_SECTIONS = 64  # of one filter, as in csrc/kernels.h
 
 
+def one_device(*arguments) -> None:
+    """Raises TypeError: the operators are chosen by one of the devices, and would take the others' addresses for its own."""
+    lists = (x if isinstance(x, list | tuple) else [x] for x in arguments)
+    devices = {t.device for each in lists for t in each if isinstance(t, torch.Tensor)}
+    if len(devices) > 1:
+        raise TypeError(f"all tensors must be on one device, not on {' and '.join(sorted(map(str, devices)))}")
+
+
 def embed_tokens(x_BXD, space_BCD, time_PD, ids_BK, taken) -> None:
     """Raises ValueError, TypeError, and on the CPU (a GPU would have to wait for it) IndexError."""
     if (x_BXD.ndim, space_BCD.ndim, time_PD.ndim, ids_BK.ndim) != (3, 3, 2, 2):
@@ -46,6 +54,9 @@ def sos_stream(x_CT, sos_S6, state_S2C) -> None:
         raise TypeError("sos and state must be float64")
     if x_CT.dtype not in (torch.float32, torch.float64):
         raise TypeError("x must be float32 or float64")
+    for s, a0 in enumerate(sos_S6[:, 3].tolist() if sos_S6.is_cpu else ()):
+        if a0 != 1:
+            raise ValueError(f"section {s} isn't b0 b1 b2 1 a1 a2: divide it by its fourth number")
 
 
 def selective_scan(u_RLE, fade_RLE, b_RLS, c_RLS, ahead) -> None:

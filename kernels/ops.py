@@ -5,7 +5,6 @@ On the CPU they are C++, compiled on first use (kernels/build.py), on a GPU Trit
 BERGER_KERNELS=0, their meaning itself runs; one line on stderr says which. BERGER_KERNELS=avx2 keeps the C++ from using AVX-512, BERGER_KERNELS=generic from AVX2 as well.
 """
 
-import os
 import threading
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from kernels import build, checks, reference
-from kernels.plain import say
+from kernels.plain import asked, say
 from kernels.reference import UnreadableWindow
 
 _lock = threading.Lock()
@@ -24,12 +23,12 @@ _path: str | None = None
 def path(device: str = "cpu") -> str:
     """Which implementation runs: "c++ (avx512)", "c++ (avx2)" or "c++ (generic)" on the CPU, kernels.gpu.path() on a GPU, or "reference"; may compile."""
     global _path
-    if device == "cuda":
+    if device != "cpu" and (kind := torch.device(device).type) != "cpu":
+        if kind != "cuda":
+            return "reference"
         from kernels import gpu
 
         return gpu.path()
-    if device != "cpu":
-        return "reference"
     if _path is None:
         with _lock:
             if _path is None:
@@ -38,7 +37,7 @@ def path(device: str = "cpu") -> str:
 
 
 def _load() -> str:
-    if os.environ.get("BERGER_KERNELS") == "0":
+    if asked() == "0":
         say("plain PyTorch, because BERGER_KERNELS=0")
         return "reference"
     try:
@@ -86,20 +85,34 @@ def _define() -> None:
 
 def _checked(name: str, function):
     """Refuses what the C++ refuses, in its words; gradients get what the operators themselves kept."""
-    if not (check := getattr(checks, name, None)):
-        return function
+    check = getattr(checks, name, None)
 
     def run(*args):
-        check(*args)
+        checks.one_device(*args)
+        if check:
+            check(*args)
         return function(*args)
 
     return run
+
+
+def _fake(name: str):
+    def register(function):
+        def run(*args):  # for tensors without memory: where one is among others it is this that the dispatcher calls
+            checks.one_device(*args)
+            return function(*args)
+
+        torch.library.register_fake(f"berger::{name}", run)
+
+    return register
 
 
 def _on_gpu(name: str):
     def run(*args):
         from kernels import gpu  # here, because it imports Triton
 
+        if name == "sos_stream":  # a backward pass would take the new state for the old
+            torch.autograd.graph.increment_version(args[2])
         return gpu.run(name, args)
 
     return run
@@ -108,51 +121,51 @@ def _on_gpu(name: str):
 _define()
 
 
-@torch.library.register_fake("berger::gather_windows")
+@_fake("gather_windows")
 def _(fds_B, offsets_B, file_channels_B, map_BC, gain_BC, bias_BC, clip, out_BCT):
     return fds_B.new_empty(3, dtype=torch.int64)
 
 
-@torch.library.register_fake("berger::embed_tokens")
+@_fake("embed_tokens")
 def _(x_BXD, space_BCD, time_PD, ids_BK, taken):
     return x_BXD.new_empty(*ids_BK.shape, x_BXD.shape[2], dtype=_widest(x_BXD, space_BCD, time_PD))
 
 
-@torch.library.register_fake("berger::embed_tokens_backward")
+@_fake("embed_tokens_backward")
 def _(grad_BKD, ids_BK, channels, patches, need_x, need_space, need_time):
     B, _, D = grad_BKD.shape
     shapes = ((need_x, (B, channels * patches, D)), (need_space, (B, channels, D)), (need_time, (patches, D)))
     return tuple(grad_BKD.new_empty(shape if need else 0) for need, shape in shapes)
 
 
-@torch.library.register_fake("berger::ema_")
+@_fake("ema_")
 def _(teacher, student, momentum, copies):
     return None
 
 
-@torch.library.register_fake("berger::sos_stream")
+@_fake("sos_stream")
 def _(x_CT, sos_S6, state_S2C):
     return torch.empty_like(x_CT, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("berger::selective_scan")
+@_fake("selective_scan")
 def _(u_RLE, fade_RLE, b_RLS, c_RLS, ahead):
     return torch.empty_like(u_RLE, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("berger::selective_scan_backward")
+@_fake("selective_scan_backward")
 def _(grad_RLE, u_RLE, fade_RLE, b_RLS, c_RLS, y_RLE, ahead):
     inputs = (u_RLE, fade_RLE, b_RLS, c_RLS)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
 
 
-@torch.library.register_fake("berger::attend")
+@_fake("attend")
 def _(q_BHQW, k_BHKW, v_BHKW, real_BK):
     level = torch.promote_types(q_BHQW.dtype, torch.float32)
     return _heads_beside(q_BHQW), q_BHQW.new_empty(q_BHQW.shape[:3], dtype=level)
 
 
-@torch.library.register_fake("berger::attend_backward")
+@_fake("attend_backward")
 def _(grad_BHQW, q_BHQW, k_BHKW, v_BHKW, real_BK, y_BHQW, level_BHQ):
     return _heads_beside(q_BHQW), _heads_beside(k_BHKW), _heads_beside(v_BHKW)
 
@@ -253,10 +266,10 @@ def ema_(
     NaN spreads from either. Raises ValueError for lists or shapes that don't fit each other.
     """
     path()
+    teacher, student, copies = list(teacher), list(student), list(copies or [])
     with torch.no_grad():
-        torch.ops.berger.ema_(teacher, student, momentum, copies or [])
-    # or a backward pass would take the new for the old
-    torch.autograd.graph.increment_version([*teacher, *(copies or [])])
+        torch.ops.berger.ema_(teacher, student, momentum, copies)
+    torch.autograd.graph.increment_version([*teacher, *copies])  # or a backward pass would take the new for the old
 
 
 def sos_stream(x_CT: torch.Tensor, sos_S6: torch.Tensor, state_S2C: torch.Tensor) -> torch.Tensor:
@@ -269,8 +282,8 @@ def sos_stream(x_CT: torch.Tensor, sos_S6: torch.Tensor, state_S2C: torch.Tensor
     """
     if _path is None:  # path() takes longer than a short chunk
         path()
-    if x_CT.requires_grad and torch.is_grad_enabled():
-        raise ValueError("sos_stream has no gradients: give it x.detach()")
+    if (x_CT.requires_grad or sos_S6.requires_grad or state_S2C.requires_grad) and torch.is_grad_enabled():
+        raise ValueError("sos_stream has no gradients: give it what x.detach() gives")
     _no_forward_mode(x_CT)
     return torch.ops.berger.sos_stream(x_CT, sos_S6, state_S2C)
 
@@ -289,7 +302,7 @@ def selective_scan(
     _no_forward_mode(u_RLE, fade_RLE, b_RLS, c_RLS)
     dtype = torch.promote_types(_widest(u_RLE, fade_RLE, b_RLS, c_RLS), torch.float32)
     tensors = (t.to(dtype) for t in (u_RLE, fade_RLE, b_RLS, c_RLS))
-    ahead = u_RLE.shape[-1] if ahead is None else ahead
+    ahead = (u_RLE.shape[-1] if u_RLE.ndim else 0) if ahead is None else ahead
     return torch.ops.berger.selective_scan(*tensors, ahead).to(u_RLE.dtype)
 
 

@@ -29,7 +29,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load() -> ctypes.CDLL | None:
-    if os.environ.get("BERGER_KERNELS") == "0":
+    if asked() == "0":
         say("plain NumPy and SciPy, because BERGER_KERNELS=0")
         return None
     try:
@@ -50,6 +50,15 @@ def _load() -> ctypes.CDLL | None:
     except (build.BuildFailed, OSError) as e:  # OSError: a library that this system can't load
         say(f"plain NumPy and SciPy, slower, because {e}")
         return None
+
+
+@functools.cache
+def asked() -> str:
+    """What BERGER_KERNELS says; a word that means nothing is named."""
+    word = os.environ.get("BERGER_KERNELS", "")
+    if word not in ("", "0", "1", "generic", "avx2", "avx512", "cuda"):
+        say(f"BERGER_KERNELS={word} means nothing: 0, generic, avx2 and cuda do")
+    return word
 
 
 def say(line: str) -> None:
@@ -92,7 +101,7 @@ class Sections:
     """
 
     def __init__(self, sos_S6: np.ndarray, state_S2C: np.ndarray):
-        self.sos_S6, self.state_S2C = (np.array(x, np.float64, order="C") for x in (sos_S6, state_S2C))
+        self.sos_S6, self._state_S2C = (np.array(x, np.float64, order="C") for x in (sos_S6, state_S2C))
         S, self.channels = len(self.sos_S6), self.state_S2C.shape[-1]
         if self.sos_S6.shape != (S, 6) or not 1 <= S <= 64 or not np.all(self.sos_S6[:, 3] == 1):
             raise ValueError(f"expected 1 to 64 sections b0 b1 b2 1 a1 a2, not {self.sos_S6.shape}")
@@ -102,6 +111,16 @@ class Sections:
         self._filter = filter_of(found) if found else self._filter_by_scipy
         self._rest = _Filter(self.channels, S, self.sos_S6.ctypes.data, self.state_S2C.ctypes.data)
         self._at = ctypes.addressof(self._rest)
+
+    @property
+    def state_S2C(self) -> np.ndarray:
+        return self._state_S2C
+
+    @state_S2C.setter
+    def state_S2C(self, state_S2C: np.ndarray) -> None:  # into the memory whose address the C++ has
+        if np.shape(state_S2C) != self.state_S2C.shape:
+            raise ValueError(f"state is {np.shape(state_S2C)}, not {self.state_S2C.shape}")
+        self._state_S2C[:] = state_S2C
 
     def __call__(self, x_CT: np.ndarray) -> np.ndarray:
         x_CT = np.ascontiguousarray(x_CT, np.float64)

@@ -19,6 +19,10 @@ class UnreadableWindow(OSError):
         why = os.strerror(code) if code else f"the file ends after {got_bytes} of its {wanted_bytes} bytes"
         super().__init__(code or errno.ENODATA, f"window {window} of the batch: {why}")
         self.window = window
+        self._arguments = window, code, got_bytes, wanted_bytes
+
+    def __reduce__(self):  # to come back from another process, which OSError's own would not
+        return UnreadableWindow, self._arguments
 
 
 def gather_windows(fds_B, offsets_B, file_channels_B, map_BC, gain_BC, bias_BC, clip, out_BCT) -> None:

@@ -61,6 +61,9 @@ class Config:
     corpora: tuple[str, ...] = (
         "eegmat", "eegmmidb", "ssvep_exo", "muse", "bonn", "bi2012", "xdf", "formats",
     )  # folders with real recordings to pretrain on, each with its rules in tests/datasets  # fmt: skip
+    unseen: tuple[
+        str, ...
+    ] = ()  # corpora of which nobody is pretrained on; linear models are fitted on their other folds all the same
     data: Path = Path(os.environ.get("BERGER_DATA", ROOT.parent / "shared" / "data"))  # where they are
     flags: tuple[str, ...] = ("",)  # of train_jepa.py as name=value, one string per row of the ablation table
     aligned: tuple[str, ...] = ()  # of train_contrastive.py as name=value value, from what each of `flags` has given
@@ -480,7 +483,7 @@ def main(cfg: Config) -> dict:
             ways[name] = {way: [counts] for way, counts in baselines(cfg, name, task).items()}
     caches = []
     for fold in range(cfg.folds):
-        held_out = {s for s, f in fold_of.items() if f == fold}
+        held_out = {s for s, f in fold_of.items() if f == fold or s.partition("/")[0] in cfg.unseen}
         caches.append(build(cfg, f"fold-{fold}", held_out, set(fold_of) - held_out))
     start_of = {}
     for flags, seed in itertools.product(cfg.flags, cfg.seeds):

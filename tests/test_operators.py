@@ -133,6 +133,23 @@ def test_scan_cuts_fades_at_4():
     assert fade.grad.isfinite().all() and not fade.grad[fade > 4].any() and fade.grad[fade < 4].all()
 
 
+@pytest.mark.parametrize("size", [1e-18, 1e-9, 1e9, 1e18])
+@pytest.mark.parametrize("fade", [0.0, 1.0, 4.0])
+def test_scan_of_small_and_large_values(fade, size):
+    """Within a chunk what is left is 1e-28 after 16 fades of 4."""
+    u, _, b, c = (t.contiguous() for t in scan_case(2, 50, 8, 4, torch.float32))
+    for scales in ((size, 1.0), (1.0, size)):  # of the input; of the gradient
+        ours = [t.clone().requires_grad_() for t in (u * scales[0], torch.full_like(u, fade), b, c)]
+        exact = [t.detach().double().requires_grad_() for t in ours]
+        y, expected = kernels.selective_scan(*ours, 3), reference.selective_scan(*exact, 3)
+        g = torch.randn_like(y) * scales[1]
+        pairs = [(y, expected)]
+        pairs += zip(torch.autograd.grad(y, ours, g), torch.autograd.grad(expected, exact, g.double()), strict=True)
+        for i, (mine, theirs) in enumerate(pairs):
+            tolerance = 1e-4 if i == 2 else 1e-5  # of a fade: a difference of large sums
+            assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_scan_keeps_a_nan_within_its_row_and_the_steps_it_can_reach(which):
     inputs = [t.clone() for t in scan_case(3, 64, 8, 4, torch.float32)]
@@ -326,6 +343,14 @@ def test_filter_keeps_a_nan_in_its_channel():
     assert y_CT[3, 10:].isnan().all() and y_CT.isnan().sum() == 30
 
 
+def test_a_state_that_moved_before_its_backward_pass_is_an_error():
+    state, x = torch.zeros(len(SOS), 2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    y = (state * x).sum()
+    kernels.sos_stream(torch.randn(3, 8), torch.from_numpy(SOS), state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_filter_that_cannot_be_is_refused():
     x, sos, state = torch.zeros(3, 5), torch.from_numpy(SOS), torch.zeros(len(SOS), 2, 3, dtype=torch.float64)
     for wrong in ((x[0], sos, state), (x, sos[:2], state), (x, sos, state[..., :2]), (x, sos[:, :5], state)):
@@ -341,6 +366,19 @@ def test_filter_that_cannot_be_is_refused():
             plain.Sections(np.asarray(wrong[0]), wrong[1].numpy())
     with pytest.raises(ValueError, match="2 channels, not 3"):
         plain.Sections(SOS, state.numpy())(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="state is"):
+        plain.Sections(SOS, state.numpy()).state_S2C = np.zeros((len(SOS), 2, 2))
+
+
+def test_sections_take_another_state():
+    x_CT = np.random.default_rng(0).normal(size=(3, 40))
+    sections = plain.Sections(SOS, np.zeros((len(SOS), 2, 3)))
+    first, state_S2C = sections(x_CT), sections.state_S2C.copy()
+    second = sections(x_CT)
+    sections.state_S2C = np.zeros((len(SOS), 2, 3))
+    assert np.array_equal(sections(x_CT), first)
+    sections.state_S2C = state_S2C
+    assert np.array_equal(sections(x_CT), second)
 
 
 def test_filter_without_pythons_headers(tmp_path, monkeypatch):
@@ -504,6 +542,16 @@ def test_attention_of_large_and_far_scores(dtype):
         best = (q.double() @ k.double().mT).argmax(3)[..., None].expand(-1, -1, -1, 8)
         assert torch.equal(y, v.gather(2, best))
         assert all(g.isfinite().all() for g in torch.ops.berger.attend_backward(grad, q * factor, k, v, None, y, level))
+
+
+def test_attention_to_keys_at_minus_infinity():
+    q, v = torch.ones(1, 1, 2, 1), torch.randn(1, 1, 700, 1)
+    for hidden in (slice(0, 256), slice(256, 512), slice(100, 690), slice(0, 700)):  # whole blocks of keys, too; all
+        k = torch.zeros(1, 1, 700, 1)
+        k[:, :, hidden] = -torch.inf
+        y, level = torch.ops.berger.attend(q, k, v, None)
+        for mine, theirs in zip((y, level), reference.attend(q.double(), k.double(), v.double()), strict=True):
+            close(mine, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -76,15 +76,15 @@ class Attention {
       for (int64_t i = 0; i < rows; i++) std::copy_n(n.q.at(b, h, first + i), n.width, q + i * width);
       std::fill_n(y, rows * width, A(0));
       std::fill_n(total, rows, A(0));
-      std::fill_n(high, rows, -std::numeric_limits<A>::infinity());
+      std::fill_n(high, rows, -INFINITE);
       for (int64_t from = 0; from < count(); from += BLOCK) {
         const int64_t keys = std::min(BLOCK, count() - from), wide = whole(keys);
         product<Part::all>(words(q), columns, 1, k_turned + from * columns, s, rows, inner, wide, false);
         for (int64_t i = 0; i < rows; i++) {
           A* row = s + i * wide;
-          std::fill(row + keys, row + wide, -std::numeric_limits<A>::infinity());
+          std::fill(row + keys, row + wide, -INFINITE);
           const A before = std::exchange(high[i], std::max(high[i], scale * largest(row, wide)));
-          const vec<A> top = all(high[i]);
+          const vec<A> top = all(high[i] == -INFINITE ? A(0) : high[i]);  // no difference of two infinities
           vec<A> sums = {};
           for (int64_t e = 0; e < wide; e += LANES) {
             const vec<A> share = decayed(at_most(all(A(87)), top - load(row + e) * scale));
@@ -103,7 +103,7 @@ class Attention {
                            width, true);
       }
       for (int64_t i = 0; i < rows; i++) {
-        const bool none = count() == 0;
+        const bool none = high[i] == -INFINITE;
         write(y + i * width, n.y.at(b, h, first + i), none ? A(0) : A(1) / total[i]);
         n.level[(b * n.heads + h) * n.queries + first + i] = none ? A(0) : high[i] + std::log(total[i]);
       }
@@ -164,6 +164,7 @@ class Attention {
   }
 
  private:
+  static constexpr A INFINITE = std::numeric_limits<A>::infinity();
   static int64_t whole(int64_t x) { return (x + LANES - 1) / LANES * LANES; }
   static const Word* words(const T* x) { return reinterpret_cast<const Word*>(x); }
   int64_t count() const { return static_cast<int64_t>(real.size()); }

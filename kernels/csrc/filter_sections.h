@@ -139,6 +139,7 @@ inline bool take_chunk(const float* x, int64_t steps, const LiveSignal& f, float
     good &= fine == f.channels;
   }
   if (!good) return false;
+  if (steps == 0) return true;
   std::copy(y + (steps - 1) * f.channels, y + steps * f.channels, f.last);
   if (f.sections)
     filter_channels<true>(y, f.channels, y, f.channels, steps, f.sos, f.sections, f.state, f.channels, int64_t{0}, f.channels);

@@ -265,8 +265,12 @@ struct Batch {
   }
 };
 
+// A forked process has none of its parent's threads, and the pool's lock may be held there by one of them for good.
+inline std::atomic<bool> forked{false};
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 // Calls work(i, thread) for i in [0, n), on the caller's thread and on others of the inter-op pool. It waits for work that has
-// begun, never for a helper to come, so that it can't hang where there is none: in a forked process, or beside other callers.
+// begun, never for a helper to come, so that it can't hang beside other callers.
 template <typename Work>
 void spread(int64_t n, int64_t threads, const Work& work) {
   struct Progress {
@@ -296,7 +300,8 @@ template <typename out_t>
 Failure read_all(const Batch<out_t>& batch) {
   const auto whole = [&](int64_t b) { return batch.samples * batch.file_channels[b] * 2; };
   const int64_t worth = 1 + batch.windows * batch.channels * batch.samples / PER_THREAD;
-  const int64_t threads = std::max<int64_t>(1, std::min({int64_t{at::get_num_threads()}, batch.windows, worth}));
+  const int64_t most = forked ? 1 : at::get_num_threads();
+  const int64_t threads = std::max<int64_t>(1, std::min({most, batch.windows, worth}));
   std::vector<typename Batch<out_t>::Scratch> scratch;
   for (int64_t thread = 0; thread < threads; thread++) scratch.push_back(batch.scratch());
 
@@ -350,6 +355,7 @@ at::Tensor gather_windows(const at::Tensor& fds_B, const at::Tensor& offsets_B, 
   TORCH_CHECK_VALUE(!gain_BC || gain_BC->sizes() == map_BC.sizes(), "gain must be B x C");
   TORCH_CHECK_VALUE(!bias_BC || bias_BC->sizes() == map_BC.sizes(), "bias must be B x C");
 
+  out_BCT.unsafeGetTensorImpl()->bump_version();
   const auto fds = fds_B.contiguous(), offsets = offsets_B.contiguous(), wide = file_channels_B.contiguous(), map = map_BC.contiguous();
   const auto gain = gain_BC ? gain_BC->contiguous() : at::Tensor(), bias = bias_BC ? bias_BC->contiguous() : at::Tensor();
   const auto run = [&](auto* out) {

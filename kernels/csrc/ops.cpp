@@ -180,6 +180,9 @@ Tensor sos_stream(const Tensor& x_CT, const Tensor& sos_S6, const Tensor& state_
   TORCH_CHECK_TYPE(sos_S6.scalar_type() == at::kDouble && state_S2C.scalar_type() == at::kDouble, "sos and state must be float64");
   TORCH_CHECK_TYPE(x_CT.scalar_type() == at::kFloat || x_CT.scalar_type() == at::kDouble, "x must be float32 or float64");
   const Tensor x = x_CT.contiguous(), sos = sos_S6.contiguous();
+  for (int64_t s = 0; s < sos.size(0); s++)
+    TORCH_CHECK_VALUE(from<double>(sos)[6 * s + 3] == 1, "section ", s, " isn't b0 b1 b2 1 a1 a2: divide it by its fourth number");
+  state_S2C.unsafeGetTensorImpl()->bump_version();  // or a backward pass would take the new for the old
   return x.scalar_type() == at::kDouble ? filter<double>(x, sos, state_S2C) : filter<float>(x, sos, state_S2C);
 }
 

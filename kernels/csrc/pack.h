@@ -40,7 +40,7 @@ struct Extended {
     const int64_t a = std::min(left, samples - 1), b = std::min(points - stop, samples - 1);
     const float first = 2 * (x[0] - offset), last = 2 * (x[samples - 1] - offset);
     for (int64_t done = 0; done < count;) {
-      const int64_t i = (from + done + points) % points;
+      const int64_t i = ((from + done) % points + points) % points;
       const int64_t border = i < left - a ? left - a : i < left ? left : i < stop ? stop : i < stop + b ? stop + b : points;
       const int64_t n = std::min(border - i, count - done);
       float* to = y + done;
@@ -130,7 +130,7 @@ inline void interpolate(const float* x, int64_t channels, int64_t points, int64_
       if (at >= 0 && at + 8 <= points)
         v = *reinterpret_cast<const loose*>(from + at);
       else
-        for (int64_t i = 0; i < 8; i++) v[i] = from[(at + i + points) % points];
+        for (int64_t i = 0; i < 8; i++) v[i] = from[(at + i + 3 * points) % points];
       v *= taps;
       four part[2];
       std::memcpy(part, &v, sizeof(v));
@@ -156,6 +156,7 @@ inline void order_statistics(const float* x, int64_t channels, int64_t samples, 
     const float* from = x + c * row;
     float low = from[0], high = from[0];
     for (int64_t t = 0; t < samples; t += samples / 256 + 1) low = std::min(low, from[t]), high = std::max(high, from[t]);
+    if (!std::isfinite(high - low)) low = std::numeric_limits<float>::quiet_NaN();  // all into the last bin
     const vec<float> factor = all(high > low ? BINS / (high - low) : 1.0f), most = all(float{BINS - 1}), zero = all(0.0f);
     for (int64_t t = 0; t < samples; t += LANES) {
       const vec<float> v = ((t + LANES <= samples ? load(from + t) : load_some(from + t, samples - t)) - low) * factor;

@@ -2,13 +2,14 @@
 //
 // In a chunk of Q = 16 steps let `kept` be the product of the steps' exp(-fade) since the chunk's start, and `grown` u / kept. Then
 // y = kept * (tri(c b') grown + c h), h being the state before the chunk, and the state after it is kept_last * (h + b' grown): small
-// matrix products, with one exponential and one division a value. As a step fades to 2 % at most, kept stays above 1e-28 and
-// grown in range. Channels that run backwards have their products from the chunk's end, and the upper triangle of the same c b'.
+// matrix products, with one exponential and one division a value. As a step fades to 2 % at most, 16 leave 1e-28. So that both kept and
+// 1 / kept stay within 1e14, kept is `START` times as much, a power of two, and h is the state over START. Channels that run backwards have their products from the chunk's end, and the upper triangle of the same c b'.
 //
 // Backwards in the sense of gradients the same products appear transposed. A fade acts on the chunk's outputs and state only by
 // way of the sums of fades, whence its gradient: the sum of gu u - gy y over the steps from it on, less gh . h at the chunk's end.
 
 constexpr int64_t Q = 16;  // steps of a chunk
+constexpr double START = 0x1p46;
 
 template <typename T>
 struct Scan {
@@ -19,19 +20,22 @@ struct Scan {
   T *kept, *inverse, *grown, *g_y, *g_grown, *y, *before, *gh, *after;  // of a chunk: Q x width; states x width, `before` of every chunk
   T* turned;  // scratch for a transpose
 
-  explicit Scan(const ScanSizes& sizes) : n(sizes) {
+  Scan(const ScanSizes& sizes, bool gradients) : n(sizes) {
     chunks = (n.steps + Q - 1) / Q;
     const int64_t most = std::max(n.ahead, n.channels - n.ahead);
     width = (most + LANES_OF<T> - 1) / LANES_OF<T> * LANES_OF<T>;
     states = (n.states + LANES_OF<T> - 1) / LANES_OF<T> * LANES_OF<T>;
     const int64_t row = chunks * Q * states, square = chunks * Q * Q, chunk = Q * width, state = std::max<int64_t>(states, 1) * width;
-    memory.resize(4 * row + 2 * square + 6 * chunk + (chunks + 3) * state + std::max(states, width) * std::max(Q, states));
+    const int64_t scratch = std::max(states, width) * std::max(Q, states);
+    const int64_t forward = 2 * row + square + 3 * chunk + 2 * state + scratch;
+    memory.resize(forward + gradients * (2 * row + square + 3 * chunk + (chunks + 1) * state));
     T* next = memory.data();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
-    b = take(row), c = take(row), gb = take(row), gc = take(row), cb = take(square), g_cb = take(square);
-    kept = take(chunk), inverse = take(chunk), grown = take(chunk), g_y = take(chunk), g_grown = take(chunk), y = take(chunk);
-    before = take((chunks + 1) * state), gh = take(state), after = take(state);
-    turned = next;
+    b = take(row), c = take(row), cb = take(square), kept = take(chunk), grown = take(chunk), y = take(chunk);
+    after = take(state), turned = take(scratch), before = take(state);
+    if (!gradients) return;
+    next += chunks * state;  // of `before`
+    gh = take(state), gb = take(row), gc = take(row), g_cb = take(square), inverse = take(chunk), g_y = take(chunk), g_grown = take(chunk);
   }
 
   void read_row(const ScanRow<T>& r) {  // b and c in whole vectors, zeros beyond, and c b' of every chunk
@@ -56,7 +60,7 @@ struct Scan {
     const T *fade = r.fade + (k * Q + first) * r.fade_step + from, *u = r.u + (k * Q + first) * r.u_step + from;
     const auto columns = [&](int64_t e, auto vectors, auto get) INLINE_LAMBDA {  // in registers from step to step
       vec<T> product[vectors];
-      for (int v = 0; v < vectors; v++) product[v] = all(T(1));
+      for (int v = 0; v < vectors; v++) product[v] = all(T(START));
       const T *f_at = fade + e, *u_at = u + e;
       T *kept_at = kept + first * w + e, *grown_at = grown + first * w + e, *inverse_at = inverse + first * w + e;
       for (int64_t i = 0; i < steps; i++) {
@@ -85,14 +89,14 @@ struct Scan {
     else store_some(v, to, left);
   }
 
-  // the state after chunk k, from the one before it: kept_last * (h + b' grown)
+  // the state after chunk k over START, from the one before it: kept_last * (h + b' grown) / START
   void pass_on(int64_t k, bool back, const T* h, T* to, int64_t w) {
     const int64_t steps = std::min(Q, n.steps - k * Q);
     std::copy_n(h, states * w, to);
     product<Part::all>(b + k * Q * states, 1, states, grown, to, n.states, steps, w, true);
     const T* last = kept + (back ? 0 : steps - 1) * w;
     for (int64_t s = 0; s < n.states; s++)
-      for (int64_t e = 0; e < w; e += LANES_OF<T>) store(load(to + s * w + e) * load(last + e), to + s * w + e);
+      for (int64_t e = 0; e < w; e += LANES_OF<T>) store(load(to + s * w + e) * (load(last + e) * T(1 / START)), to + s * w + e);
   }
 
   void forward(const ScanRow<T>& r, T* y_LE) {
@@ -165,7 +169,7 @@ struct Scan {
             for (int64_t e = 0; e < w; e += LANES_OF<T>) {
               const vec<T> g = load(gh + s * w + e);
               store(load(sums + e) - g * load(h_after + s * w + e), sums + e);
-              store(g * load(kept + last * w + e), gh + s * w + e);
+              store(g * (load(kept + last * w + e) * T(1 / START)), gh + s * w + e);
             }
         }
         for (int64_t t = 0; t < steps; t++)
@@ -222,12 +226,12 @@ struct Scan {
 // rows [from, to) of a call
 template <typename T>
 void scan_rows(const ScanCall<T>& call, int64_t from, int64_t to) {
-  Scan<T> scan(call.sizes);
+  Scan<T> scan(call.sizes, false);
   for (int64_t row = from; row < to; row++) scan.forward(call.row(row), call.y + row * call.values());
 }
 template <typename T>
 void scan_rows_backward(const ScanCall<T>& call, int64_t from, int64_t to) {
-  Scan<T> scan(call.sizes);
+  Scan<T> scan(call.sizes, true);
   const int64_t each = call.sizes.steps * call.sizes.states;
   for (int64_t row = from; row < to; row++)
     scan.backward(call.row(row), call.g + row * call.g_row, call.g_step, call.y + row * call.values(), call.gu + row * call.values(),
