@@ -519,7 +519,7 @@ def test_what_cannot_be_compiled_is_said_in_one_line(empty_build, monkeypatch):
         build.build("plain")
 
 
-def test_a_library_that_was_cut_is_compiled_again(empty_build):
+def test_half_a_library_is_compiled_again(empty_build):
     """What a crash has left of one: to load it would end the process."""
     target, size = build.build("plain"), build.build("plain").stat().st_size
     assert build.whole(target)
