@@ -94,11 +94,11 @@ def build(kind: str, say=lambda line: None) -> Path:
     return target
 
 
-def whole(library: Path) -> bool:
+def whole(target: Path) -> bool:
     """Whether it is there, and on Linux as long as its ELF header says: one cut by a crash would end the process that loads it."""
-    if not library.exists():
+    if not target.exists():
         return False
-    with open(library, "rb") as f:
+    with open(target, "rb") as f:
         header, size = f.read(64), os.fstat(f.fileno()).st_size
     if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian
         sections, each, count = struct.unpack_from("<Q10xHH", header, 40)

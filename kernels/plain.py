@@ -87,8 +87,10 @@ class _Filter(ctypes.Structure):
     """As in csrc/plain/filter.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("channels", "sections")),
-        *((name, ctypes.c_void_p) for name in ("sos", "state")),
+        ("channels", ctypes.c_int64),
+        ("sections", ctypes.c_int64),
+        ("sos", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
     ]
 
 

@@ -61,9 +61,7 @@ class Config:
     corpora: tuple[str, ...] = (
         "eegmat", "eegmmidb", "ssvep_exo", "muse", "bonn", "bi2012", "xdf", "formats",
     )  # folders with real recordings to pretrain on, each with its rules in tests/datasets  # fmt: skip
-    unseen: tuple[
-        str, ...
-    ] = ()  # corpora of which nobody is pretrained on; linear models are fitted on their other folds all the same
+    unseen: tuple[str, ...] = ()  # corpora of which nobody is pretrained on, only linear models fitted
     data: Path = Path(os.environ.get("BERGER_DATA", ROOT.parent / "shared" / "data"))  # where they are
     flags: tuple[str, ...] = ("",)  # of train_jepa.py as name=value, one string per row of the ablation table
     aligned: tuple[str, ...] = ()  # of train_contrastive.py as name=value value, from what each of `flags` has given
@@ -475,6 +473,8 @@ def show(results: dict[str, dict], key: str) -> None:
 def main(cfg: Config) -> dict:
     whole = Cache(build(cfg, "all"))
     fold_of = deal(cfg, whole)
+    if missing := set(cfg.unseen) - {s.partition("/")[0] for s in fold_of}:
+        raise SystemExit(f"--unseen {' '.join(sorted(missing))}: no corpus here with three people or more")
     tasks = {name: task for name in cfg.sets if (task := collect(whole, name, fold_of))}
     ways: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in tasks}
     if cfg.baselines:

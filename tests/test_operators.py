@@ -414,6 +414,16 @@ def test_what_the_filter_of_python_refuses():
     assert not sections.state_S2C.any()
 
 
+def test_a_live_chunk_of_no_samples_leaves_the_last_one():
+    if plain.library() is None:
+        pytest.skip("no g++")
+    last_C, raw_TC, y_TC = np.full(2, 7.0), np.zeros((4, 2), np.float32), np.full((5, 2), 123.0)
+    sections = plain.Sections(SOS, np.zeros((len(SOS), 2, 2)))
+    live = plain.Live(sections, 2, None, 1.0, 1e9, last_C, 4)
+    assert live.take(np.zeros((0, 2), np.float32), raw_TC.ctypes.data, y_TC[1:].ctypes.data)
+    assert (last_C == 7).all() and not sections.state_S2C.any()
+
+
 def test_sections_of_many_threads():
     x_CT = np.random.default_rng(0).normal(size=(21, 2000))  # long: other threads run meanwhile
     expected = plain.Sections(SOS, np.zeros((len(SOS), 2, 21)))(x_CT)

@@ -118,6 +118,14 @@ def test_order_statistics_of_a_long_channel(both):
     np.testing.assert_array_equal(both(lambda: pack.order_statistics(x_CT, ranks)), np.sort(x_CT, axis=1)[:, ranks])
 
 
+@pytest.mark.parametrize("seen, unseen", [(np.inf, -np.inf), (-np.inf, np.inf), (3e38, -3e38), (np.nan, -np.inf)])
+def test_order_statistics_of_extremes(both, seen, unseen):
+    x_CT = noise(1, 1000)
+    x_CT[0, :2] = seen, unseen  # the histogram's range is of every fourth value
+    ranks = [0, 1, 500, 998, 999]
+    np.testing.assert_array_equal(both(lambda: pack.order_statistics(x_CT, ranks)), np.sort(x_CT, axis=1)[:, ranks])
+
+
 def test_pack_rounds_every_float16_as_numpy(both):
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     every = every[np.isfinite(every)]
